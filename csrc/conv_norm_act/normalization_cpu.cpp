@@ -1,0 +1,84 @@
+#include "conv_norm_act/normalization_cpu.h"
+
+#include "common/binding.h"
+
+namespace fastunet {
+namespace {
+
+Grouping grouping(int64_t N, int64_t C, int64_t pixels, int64_t groups) {
+  require(groups == 0 || (groups > 0 && C % groups == 0), "groups must divide the channels, got ",
+          groups, " groups of ", C, " channels");
+  return {N, C, pixels, groups};
+}
+
+void normalization(const Tensor y, const MaybeTensor bias, const MaybeTensor gamma,
+                   const MaybeTensor beta, int64_t groups, double eps, Tensor center, Tensor scale,
+                   Tensor shift, Tensor var) {
+  dispatch(y.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    using A = acc_t<T>;
+    const Map<const T> in = dense_map<const T>(y, "y");
+    const int64_t pixels = in.H * in.W, C = in.C;
+    const Grouping g = grouping(in.N, C, pixels, groups);
+    const Normalization<A> out{
+        rows<A>(center, g.rows() * C, "center"), rows<A>(scale, g.rows() * C, "scale"),
+        rows<A>(shift, g.rows() * C, "shift"), rows<A>(var, g.rows() * C, "var")};
+    // A chunk is read twice, so it should fit in L2 with room to spare.
+    const int64_t chunk = std::max<int64_t>(64, 131072 / (C * static_cast<int64_t>(sizeof(T))));
+    const Chunks chunks(in.N, pixels, 1, chunk);
+    std::vector<A> partials(chunks.count() * 2 * C);
+    torch::stable::parallel_for(0, chunks.count(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) {
+        A* mean = partials.data() + k * 2 * C;
+        chunk_moments(in.at(chunks.sample(k), 0) + chunks.begin(k) * C,
+                      chunks.end(k) - chunks.begin(k), C, mean, mean + C);
+      }
+    });
+    finalize(partials, chunks, g, rows<const A>(bias, C, "bias"), rows<const A>(gamma, C, "gamma"),
+             rows<const A>(beta, C, "beta"), eps, out);
+  });
+}
+
+void normalization_bwd(Tensor out, const MaybeTensor dy, const MaybeTensor dscale,
+                       const MaybeTensor dshift, const Tensor y, const Tensor center,
+                       const Tensor scale, const Tensor var, int64_t groups, double eps) {
+  dispatch(y.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    using A = acc_t<T>;
+    const Map<const T> in = dense_map<const T>(y, "y");
+    const Map<T> to = dense_map<T>(out, "out");
+    const T* from = dy ? dense_map<const T>(*dy, "dy").data : nullptr;
+    const int64_t pixels = in.H * in.W, C = in.C;
+    const Grouping g = grouping(in.N, C, pixels, groups);
+    require(out.numel() == y.numel() && (!dy || dy->numel() == y.numel()),
+            "out and dy must have the shape of y, ", shape(y));
+    if (y.numel() == 0) return;
+    const int64_t count = g.rows() * C;
+    const A* m = rows<const A>(center, count, "center");
+    const NormalizationBwd<A> terms(
+        g, rows<const A>(scale, count, "scale"), rows<const A>(var, count, "var"),
+        rows<const A>(dscale, count, "dscale"), rows<const A>(dshift, count, "dshift"), eps);
+    const Chunks chunks(in.N, pixels, 1, 1024);
+    torch::stable::parallel_for(0, chunks.count(), 4, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) {
+        const int64_t n = chunks.sample(k), row = groups ? n * C : 0;
+        const int64_t offset = n * in.sn + chunks.begin(k) * C;
+        normalize_bwd_pixels(from ? from + offset : nullptr, in.data + offset, m + row,
+                             terms.slope.data() + row, terms.offset.data() + row,
+                             chunks.end(k) - chunks.begin(k), C, to.data + offset);
+      }
+    });
+  });
+}
+
+}  // namespace
+
+FASTUNET_KERNEL(normalization,
+                "normalization(Tensor y, Tensor? bias, Tensor? gamma, Tensor? beta, int groups, "
+                "float eps, Tensor(a!) center, Tensor(b!) scale, Tensor(c!) shift, "
+                "Tensor(d!) var) -> ()")
+FASTUNET_KERNEL(normalization_bwd,
+                "normalization_bwd(Tensor(a!) out, Tensor? dy, Tensor? dscale, Tensor? dshift, "
+                "Tensor y, Tensor center, Tensor scale, Tensor var, int groups, float eps) -> ()")
+
+}  // namespace fastunet

@@ -1,0 +1,132 @@
+// What stands around a convolution: its output's statistics, and the normalisation's backward.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "common/reduction.h"
+
+namespace fastunet {
+
+// Mean and sum of squared deviations of `count` values.
+struct Moments {
+  double count = 0, mean = 0, m2 = 0;
+
+  // Chan, Golub, LeVeque: "Updating formulae and a pairwise algorithm for computing sample
+  // variances" (1979).
+  void merge(const Moments& other) {
+    if (other.count == 0) return;
+    const double total = count + other.count, delta = other.mean - mean;
+    mean += delta * (other.count / total);
+    m2 += other.m2 + delta * delta * (count * other.count / total);
+    count = total;
+  }
+};
+
+// Per-channel mean and squared deviations of dense pixels, in two sweeps over a chunk that stays
+// in cache: no cancellation, whatever the mean.
+template <class T>
+void chunk_moments(const T* y, int64_t pixels, int64_t C, acc_t<T>* mean, acc_t<T>* m2) {
+  using A = acc_t<T>;
+  const auto accumulate = [&](A* sums, auto term) {
+    std::fill_n(sums, C, A(0));
+    for_tiles(pixels, C, [&](int64_t p, int64_t end, int64_t c, auto lanes) {
+      const vec<A> m = load(mean + c, lanes);
+      vec<A> sum{};
+      for (; p < end; ++p) sum += term(load(y + p * C + c, lanes), m);
+      store(sums + c, load(sums + c, lanes) + sum, lanes);
+    });
+  };
+  accumulate(mean, [](vec<A> value, vec<A>) { return value; });
+  for (int64_t c = 0; c < C; ++c) mean[c] /= static_cast<A>(pixels);
+  accumulate(m2, [](vec<A> value, vec<A> m) { return (value - m) * (value - m); });
+}
+
+// A statistic is taken over all samples per channel (groups == 0), or per sample over groups of
+// adjacent channels.
+struct Grouping {
+  int64_t N, C, pixels, groups;
+
+  int64_t rows() const { return groups ? N : 1; }
+  int64_t width() const { return groups ? C / groups : 1; }  // channels that share statistics
+  double count() const { return static_cast<double>(groups ? pixels * width() : N * pixels); }
+};
+
+// Values per channel of a convolution's output y and what normalisation makes of them:
+// z = scale * (y - center) + shift, with the convolution's bias inside center.
+template <class A>
+struct Normalization {
+  A *center, *scale, *shift, *var;  // [rows, C]
+};
+
+template <class A>
+void finalize(const std::vector<A>& partials, const Chunks& chunks, const Grouping& g,
+              const A* bias, const A* gamma, const A* beta, double eps,
+              const Normalization<A>& out) {
+  const int64_t per_row = g.rows() ? chunks.count() / g.rows() : 0;
+  for (int64_t row = 0; row < g.rows(); ++row) {
+    for (int64_t first = 0; first < g.C; first += g.width()) {
+      Moments all;
+      for (int64_t c = first; c < first + g.width(); ++c) {
+        Moments channel;
+        for (int64_t k = row * per_row; k < (row + 1) * per_row; ++k)
+          channel.merge({static_cast<double>(chunks.end(k) - chunks.begin(k)),
+                         partials[k * 2 * g.C + c], partials[k * 2 * g.C + g.C + c]});
+        // Between channels of a group the bias matters; within one it moves the mean alone.
+        if (bias && g.width() > 1) channel.mean += bias[c];
+        all.merge(channel);
+      }
+      const double var = all.count ? all.m2 / all.count : 0, rstd = 1 / std::sqrt(var + eps);
+      for (int64_t c = first; c < first + g.width(); ++c) {
+        const int64_t i = row * g.C + c;
+        out.var[i] = static_cast<A>(var);
+        out.center[i] = static_cast<A>(all.mean - (bias && g.width() > 1 ? bias[c] : 0));
+        out.scale[i] = static_cast<A>(rstd * (gamma ? gamma[c] : 1));
+        out.shift[i] = beta ? beta[c] : 0;
+      }
+    }
+  }
+}
+
+// dy_total = dy + slope * (y - center) + offset, per row and channel, from the sums that the
+// readers formed:
+//   slope = -rstd^2 * sum(scale * dscale) / M,  offset = -sum(scale * dshift) / M
+// with the sums over the channels that share statistics and M values in a statistic.
+template <class A>
+struct NormalizationBwd {
+  std::vector<A> slope, offset;
+
+  NormalizationBwd(const Grouping& g, const A* scale, const A* var, const A* dscale,
+                   const A* dshift, double eps)
+      : slope(g.rows() * g.C), offset(g.rows() * g.C) {
+    for (int64_t first = 0; first < g.rows() * g.C; first += g.width()) {
+      double s = 0, o = 0;
+      for (int64_t i = first; i < first + g.width(); ++i) {
+        if (dscale) s -= static_cast<double>(scale[i]) * dscale[i];
+        if (dshift) o -= static_cast<double>(scale[i]) * dshift[i];
+      }
+      for (int64_t i = first; i < first + g.width(); ++i) {
+        slope[i] = static_cast<A>(s / ((var[i] + eps) * g.count()));
+        offset[i] = static_cast<A>(o / g.count());
+      }
+    }
+  }
+};
+
+template <class T>
+void normalize_bwd_pixels(const T* dy, const T* y, const acc_t<T>* center, const acc_t<T>* slope,
+                          const acc_t<T>* offset, int64_t pixels, int64_t C, T* out) {
+  using A = acc_t<T>;
+  for_tiles(pixels, C, [&](int64_t p, int64_t end, int64_t c, auto lanes) {
+    const vec<A> m = load(center + c, lanes), b = load(slope + c, lanes);
+    const vec<A> o = load(offset + c, lanes);
+    for (; p < end; ++p) {
+      vec<A> total = b * (load(y + p * C + c, lanes) - m) + o;
+      if (dy) total += load(dy + p * C + c, lanes);
+      store(out + p * C + c, total, lanes);
+    }
+  });
+}
+
+}  // namespace fastunet

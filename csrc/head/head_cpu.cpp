@@ -1,0 +1,99 @@
+#include "head/head_cpu.h"
+
+#include <utility>
+
+#include "common/binding.h"
+
+namespace fastunet {
+namespace {
+
+// Calls f(integral_constant<int, K>) for the run-time number of classes.
+template <class F, int... Is>
+void dispatch_classes(int64_t classes, F f, std::integer_sequence<int, Is...>) {
+  ((classes == Is + 1 ? f(std::integral_constant<int, Is + 1>{}) : void()), ...);
+}
+
+template <class F>
+void dispatch_classes(int64_t classes, F f) {
+  require(classes >= 1 && classes <= kMaxClasses, "this kernel takes 1 to ", kMaxClasses,
+          " classes, got ", classes);
+  dispatch_classes(classes, f, std::make_integer_sequence<int, kMaxClasses>{});
+}
+
+template <class T>
+Logits<T> logits_view(const Tensor& t, const Map<const std::remove_const_t<T>>& y, int64_t K) {
+  require(t.dim() == 4 && t.size(0) == y.N && t.size(1) == K && t.size(2) == y.H &&
+              t.size(3) == y.W,
+          "logits must be [", y.N, ", ", K, ", ", y.H, ", ", y.W, "], got ", shape(t));
+  return {data<T>(t, "logits"), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
+}
+
+void head(Tensor out, const Tensor y, const Tensor center, const Tensor scale, const Tensor shift,
+          double slope, const Tensor weight, const MaybeTensor bias) {
+  dispatch(y.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    using A = acc_t<T>;
+    const Source<T> s = source<T>(y, center, scale, shift, slope);
+    const int64_t K = weight.size(0);
+    const A* w = rows<const A>(weight, K * s.y.C, "weight");
+    const A* b = rows<const A>(bias, K, "bias");
+    const Logits<T> to = logits_view<T>(out, s.y, K);
+    dispatch_classes(K, [&](auto classes) {
+      torch::stable::parallel_for(0, s.y.N * s.y.H, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row)
+          head_row<classes>(s, w, b, to, row / s.y.H, row % s.y.H);
+      });
+    });
+  });
+}
+
+void head_bwd(MaybeTensor dy, MaybeTensor dscale, MaybeTensor dshift, Tensor dweight, Tensor dbias,
+              const Tensor dlogits, const Tensor y, const Tensor center, const Tensor scale,
+              const Tensor shift, double slope, const Tensor weight) {
+  dispatch(y.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    using A = acc_t<T>;
+    const Source<T> s = source<T>(y, center, scale, shift, slope);
+    const int64_t C = s.y.C, K = weight.size(0), rows_out = center.size(0);
+    const A* w = rows<const A>(weight, K * C, "weight");
+    const Logits<const T> from = logits_view<const T>(dlogits, s.y, K);
+    Map<T> to{};
+    if (dy) {
+      to = map<T>(*dy, "dy");
+      require(to.N == s.y.N && to.C == C && to.H == s.y.H && to.W == s.y.W,
+              "dy must have the shape of y, got ", shape(*dy), " for ", shape(y));
+    }
+    A* dscale_out = rows<A>(dscale, rows_out * C, "dscale");
+    A* dshift_out = rows<A>(dshift, rows_out * C, "dshift");
+    A* dweight_out = rows<A>(dweight, K * C, "dweight");
+    A* dbias_out = rows<A>(dbias, K, "dbias");
+    const Chunks chunks(s.y.N, s.y.H, s.y.W, 1024);
+    const int64_t stride = (2 + K) * C + K;
+    std::vector<A> partials(chunks.count() * stride);
+    dispatch_classes(K, [&](auto classes) {
+      torch::stable::parallel_for(0, chunks.count(), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t k = begin; k < end; ++k)
+          for (int64_t h = chunks.begin(k); h < chunks.end(k); ++h)
+            head_bwd_row<classes>(s, w, from, to, chunks.sample(k), h,
+                                  partials.data() + k * stride);
+      });
+    });
+    const A* sums = partials.data();
+    if (dscale_out) sum_chunks(sums, chunks, stride, C, rows_out, dscale_out);
+    if (dshift_out) sum_chunks(sums + C, chunks, stride, C, rows_out, dshift_out);
+    sum_chunks(sums + 2 * C, chunks, stride, K * C, 1, dweight_out);
+    sum_chunks(sums + (2 + K) * C, chunks, stride, K, 1, dbias_out);
+  });
+}
+
+}  // namespace
+
+FASTUNET_KERNEL(head,
+                "head(Tensor(a!) out, Tensor y, Tensor center, Tensor scale, Tensor shift, "
+                "float slope, Tensor weight, Tensor? bias) -> ()")
+FASTUNET_KERNEL(head_bwd,
+                "head_bwd(Tensor(a!)? dy, Tensor(b!)? dscale, Tensor(c!)? dshift, "
+                "Tensor(d!) dweight, Tensor(e!) dbias, Tensor dlogits, Tensor y, Tensor center, "
+                "Tensor scale, Tensor shift, float slope, Tensor weight) -> ()")
+
+}  // namespace fastunet

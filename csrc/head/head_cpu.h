@@ -1,0 +1,94 @@
+// head: the 1x1 convolution to few classes over one source, read and activated on the fly, and its
+// backward in one pass. More than kMaxClasses are a matrix product, which a GEMM does better.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "common/reduction.h"
+
+namespace fastunet {
+
+inline constexpr int kMaxClasses = 8;
+
+// Logits [N, K, H, W] with any strides.
+template <class T>
+struct Logits {
+  T* data;
+  int64_t sn, sk, sh, sw;
+  T& at(int64_t n, int64_t k, int64_t h, int64_t w) const {
+    return data[n * sn + k * sk + h * sh + w * sw];
+  }
+};
+
+// One value, through the vector conversions, so that rounding is the same everywhere.
+template <class T>
+FASTUNET_INLINE acc_t<T> load_one(const T& value) {
+  return load(&value, 1)[0];
+}
+template <class T>
+FASTUNET_INLINE void store_one(T& to, acc_t<T> value) {
+  store(&to, splat(value), 1);
+}
+
+// Row h of sample n. weight: [K, C], bias: [K] or null.
+template <int K, class T>
+void head_row(const Source<T>& s, const acc_t<T>* weight, const acc_t<T>* bias, Logits<T> out,
+              int64_t n, int64_t h) {
+  using A = acc_t<T>;
+  const int64_t C = s.y.C;
+  for (int64_t w = 0; w < s.y.W; ++w) {
+    const T* y = s.y.at(n, h, w);
+    vec<A> sum[K] = {};
+    for_tiles(1, C, [&](int64_t, int64_t, int64_t c, auto lanes) {
+      const Channels<A> channel(s, n, c, lanes);
+      const vec<A> z = channel(load(y + c, lanes));
+      for (int k = 0; k < K; ++k) sum[k] += z * load(weight + k * C + c, lanes);
+    });
+    for (int k = 0; k < K; ++k)
+      store_one(out.at(n, k, h, w), sum_lanes<A>(sum[k]) + (bias ? bias[k] : 0));
+  }
+}
+
+// Row h of sample n: writes dy and adds to sums, [2 + K, C] (dscale, dshift, dweight) then [K]
+// (dbias). A null dy.data skips what only the source's gradient needs.
+template <int K, class T>
+void head_bwd_row(const Source<T>& s, const acc_t<T>* weight, Logits<const T> dlogits,
+                  Map<T> dy, int64_t n, int64_t h, acc_t<T>* sums) {
+  using A = acc_t<T>;
+  using V = vec<A>;
+  const int64_t C = s.y.C, W = s.y.W;
+  A* dweight = sums + 2 * C;
+  A* dbias = dweight + K * C;
+  std::vector<A> grads(W * K);
+  for (int64_t w = 0; w < W; ++w)
+    for (int k = 0; k < K; ++k)
+      dbias[k] += grads[w * K + k] = load_one(dlogits.at(n, k, h, w));
+  const T* y = s.y.at(n, h);
+  for_tiles(W, C, [&](int64_t p, int64_t end, int64_t c, auto lanes) {
+    const Channels<A> channel(s, n, c, lanes);
+    V column[K], dcolumn[K] = {}, dscale{}, dshift{};
+    for (int k = 0; k < K; ++k) column[k] = load(weight + k * C + c, lanes);
+    for (; p < end; ++p) {
+      const A* grad = grads.data() + p * K;
+      const V value = load(y + p * s.y.sw + c, lanes), t = channel.preact(value);
+      const V z = channel.act(t);
+      V dz{};
+      for (int k = 0; k < K; ++k) {
+        dz += column[k] * grad[k];
+        dcolumn[k] += z * grad[k];
+      }
+      if (!dy.data) continue;
+      const V g = channel.act_bwd(dz, t);
+      store(dy.at(n, h, p) + c, channel.scale * g, lanes);
+      dscale += g * (value - channel.center);
+      dshift += g;
+    }
+    const auto add = [&](A* to, V sum) { store(to + c, load(to + c, lanes) + sum, lanes); };
+    add(sums, dscale);
+    add(sums + C, dshift);
+    for (int k = 0; k < K; ++k) add(dweight + k * C, dcolumn[k]);
+  });
+}
+
+}  // namespace fastunet

@@ -1,0 +1,87 @@
+#include "resample/resample_cpu.h"
+
+#include <memory>
+
+#include "common/binding.h"
+
+namespace fastunet {
+namespace {
+
+// The tables of an upsampling; none for the other modes.
+template <class A>
+struct UpsampleTaps {
+  std::unique_ptr<Taps<A>> vertical, horizontal;
+
+  UpsampleTaps(Mode mode, int64_t h, int64_t w) {
+    if (mode == Mode::none || mode == Mode::max_pool) return;
+    vertical = std::make_unique<Taps<A>>(mode, h);
+    horizontal = std::make_unique<Taps<A>>(mode, w);
+  }
+};
+
+Mode checked_mode(int64_t mode) {
+  require(mode >= 0 && mode <= static_cast<int64_t>(Mode::nearest), "unknown resample mode ", mode);
+  return static_cast<Mode>(mode);
+}
+
+void resample(Tensor out, const Tensor y, const Tensor center, const Tensor scale,
+              const Tensor shift, double slope, int64_t mode_number) {
+  const Mode mode = checked_mode(mode_number);
+  dispatch(y.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    const Source<T> s = source<T>(y, center, scale, shift, slope);
+    const Map<T> to = map<T>(out, "out");
+    require(to.N == s.y.N && to.C == s.y.C, "out must have the source's samples and channels, got ",
+            shape(out), " for ", shape(y));
+    if (out.numel() == 0) return;
+    const UpsampleTaps<acc_t<T>> taps(mode, s.y.H, s.y.W);
+    const Resample<T> kernel(s, to, mode);
+    const int64_t grain = ceil_div(8192, to.W * to.C);
+    torch::stable::parallel_for(0, to.N * to.H, grain, [&](int64_t begin, int64_t end) {
+      kernel.rows(begin, end, taps.vertical.get(), taps.horizontal.get());
+    });
+  });
+}
+
+void resample_bwd(Tensor dy, MaybeTensor dscale, MaybeTensor dshift, const Tensor dz,
+                  const Tensor y, const Tensor center, const Tensor scale, const Tensor shift,
+                  double slope, int64_t mode_number) {
+  const Mode mode = checked_mode(mode_number);
+  dispatch(y.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    using A = acc_t<T>;
+    const Source<T> s = source<T>(y, center, scale, shift, slope);
+    const Map<T> to = map<T>(dy, "dy");
+    const Map<const T> from = map<const T>(dz, "dz");
+    require(to.N == s.y.N && to.C == s.y.C && to.H == s.y.H && to.W == s.y.W,
+            "dy must have the shape of y, got ", shape(dy), " for ", shape(y));
+    require(from.N == s.y.N && from.C == s.y.C, "dz must have the source's samples and channels, ",
+            "got ", shape(dz), " for ", shape(y));
+    const int64_t C = s.y.C, rows_out = center.size(0);
+    A* dscale_out = rows<A>(dscale, rows_out * C, "dscale");
+    A* dshift_out = rows<A>(dshift, rows_out * C, "dshift");
+    const UpsampleTaps<A> taps(mode, s.y.H, s.y.W);
+    const ResampleBwd<T> kernel(s, from, to, mode);
+    const int64_t unit = ResampleBwd<T>::unit_rows(mode);
+    const Chunks chunks(s.y.N, ceil_div(s.y.H, unit), unit * s.y.W, 1024);
+    std::vector<A> partials(chunks.count() * 2 * C);
+    torch::stable::parallel_for(0, chunks.count(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k)
+        kernel.units(chunks.sample(k), chunks.begin(k), chunks.end(k), taps.vertical.get(),
+                     taps.horizontal.get(), partials.data() + k * 2 * C);
+    });
+    if (dscale_out) sum_chunks(partials.data(), chunks, 2 * C, C, rows_out, dscale_out);
+    if (dshift_out) sum_chunks(partials.data() + C, chunks, 2 * C, C, rows_out, dshift_out);
+  });
+}
+
+}  // namespace
+
+FASTUNET_KERNEL(resample,
+                "resample(Tensor(a!) out, Tensor y, Tensor center, Tensor scale, Tensor shift, "
+                "float slope, int mode) -> ()")
+FASTUNET_KERNEL(resample_bwd,
+                "resample_bwd(Tensor(a!) dy, Tensor(b!)? dscale, Tensor(c!)? dshift, Tensor dz, "
+                "Tensor y, Tensor center, Tensor scale, Tensor shift, float slope, int mode) -> ()")
+
+}  // namespace fastunet

@@ -1,0 +1,339 @@
+// resample: materialises one source's pending work (affine, activation, then max-pool, upsample,
+// placement) into a plain map, and its gather-style backward. One pass each over memory.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "common/reduction.h"
+
+namespace fastunet {
+
+enum class Mode : int64_t { none, max_pool, bilinear, bilinear_align_corners, nearest };
+
+// Where the resampled map lies within the output: centred, padded with zeros or cropped.
+// `H`, `W` is the resampled size; pixel (h, w) of it is output pixel (h + top, w + left).
+struct Placement {
+  int64_t H, W, top, left;
+
+  Placement(Mode mode, int64_t h, int64_t w, int64_t out_h, int64_t out_w) {
+    H = mode == Mode::none ? h : mode == Mode::max_pool ? h / 2 : 2 * h;
+    W = mode == Mode::none ? w : mode == Mode::max_pool ? w / 2 : 2 * w;
+    top = floor_div(out_h - H, 2);
+    left = floor_div(out_w - W, 2);
+  }
+  // The part of the resampled map that is inside the output.
+  int64_t w_begin() const { return std::max<int64_t>(0, -left); }
+  int64_t w_end(int64_t out_w) const { return std::clamp<int64_t>(out_w - left, w_begin(), W); }
+  bool has_row(int64_t h, int64_t out_h) const { return h + top >= 0 && h + top < out_h; }
+};
+
+// One axis of x2 upsampling: output i reads (1 - weight) * in[low] + weight * in[high]. Positions
+// in fp64, so closer to the exact value than fp32 positions are.
+template <class A>
+struct Taps {
+  struct Tap {
+    int64_t low, high;
+    A weight;
+  };
+  struct Term {
+    int64_t out;
+    A weight;
+  };
+  std::vector<Tap> taps;                  // per output
+  std::vector<std::vector<Term>> adjoint;  // per input: the outputs that read it, ascending
+
+  Taps(Mode mode, int64_t in) : taps(2 * in), adjoint(in) {
+    for (int64_t i = 0; i < 2 * in; ++i) {
+      double at;
+      if (mode == Mode::nearest)
+        at = static_cast<double>(i / 2);
+      else if (mode == Mode::bilinear)
+        at = std::max(0.0, 0.5 * i - 0.25);
+      else
+        at = static_cast<double>(in - 1) / (2 * in - 1) * i;
+      const int64_t low = std::min(static_cast<int64_t>(at), in - 1);
+      const int64_t high = std::min(low + 1, in - 1);
+      const A weight = static_cast<A>(at - low);
+      taps[i] = {low, high, weight};
+      add(low, i, 1 - weight);
+      add(high, i, weight);
+    }
+  }
+
+ private:
+  void add(int64_t in, int64_t out, A weight) {
+    auto& terms = adjoint[in];
+    if (weight == 0) return;
+    if (!terms.empty() && terms.back().out == out)
+      terms.back().weight += weight;
+    else
+      terms.push_back({out, weight});
+  }
+};
+
+template <class T>
+FASTUNET_INLINE void zero(T* p, int64_t pixels, int64_t stride, int64_t C) {
+  for (int64_t i = 0; i < pixels; ++i) std::memset(p + i * stride, 0, C * sizeof(T));
+}
+
+// NaN wins, as in PyTorch; of equal values the first.
+template <class V>
+FASTUNET_INLINE auto replaces(V candidate, V best) {
+  return (candidate > best) | (candidate != candidate);
+}
+
+template <class T>
+class Resample {
+  using A = acc_t<T>;
+  using V = vec<A>;
+
+ public:
+  Resample(const Source<T>& s, Map<T> out, Mode mode)
+      : s_(s), out_(out), mode_(mode), place_(mode, s.y.H, s.y.W, out.H, out.W) {}
+
+  // Writes output rows [begin, end) of the N * H rows.
+  void rows(int64_t begin, int64_t end, const Taps<A>* vertical, const Taps<A>* horizontal) const {
+    std::vector<A> low, high;     // activated source rows
+    int64_t low_row = -1, high_row = -1;  // which ones they hold, over all samples
+    if (vertical) low.resize(s_.y.W * s_.y.C), high.resize(s_.y.W * s_.y.C);
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t n = row / out_.H, ho = row % out_.H, h = ho - place_.top;
+      T* out = out_.at(n, ho);
+      const int64_t w0 = place_.w_begin(), w1 = place_.w_end(out_.W);
+      if (h < 0 || h >= place_.H || w0 >= w1) {
+        zero(out, out_.W, out_.sw, out_.C);
+        continue;
+      }
+      zero(out, w0 + place_.left, out_.sw, out_.C);
+      zero(out + (w1 + place_.left) * out_.sw, out_.W - (w1 + place_.left), out_.sw, out_.C);
+      T* inside = out + (w0 + place_.left) * out_.sw;
+      if (mode_ == Mode::none) {
+        activate(n, h, w0, w1, inside);
+      } else if (mode_ == Mode::max_pool) {
+        max_pool(n, h, w0, w1, inside);
+      } else {
+        const auto tap = vertical->taps[h];
+        const int64_t first = n * s_.y.H;
+        if (low_row != first + tap.low) {
+          if (high_row == first + tap.low)
+            low.swap(high), std::swap(low_row, high_row);
+          else
+            activate_row(n, tap.low, low.data()), low_row = first + tap.low;
+        }
+        if (high_row != first + tap.high)
+          activate_row(n, tap.high, high.data()), high_row = first + tap.high;
+        interpolate(low.data(), high.data(), tap.weight, horizontal->taps.data(), w0, w1, inside);
+      }
+    }
+  }
+
+ private:
+  void activate(int64_t n, int64_t h, int64_t w0, int64_t w1, T* out) const {
+    const T* in = s_.y.at(n, h, w0);
+    for_tiles(w1 - w0, s_.y.C, [&](int64_t p, int64_t end, int64_t c, auto lanes) {
+      const Channels<A> channel(s_, n, c, lanes);
+      for (; p < end; ++p)
+        store(out + p * out_.sw + c, channel(load(in + p * s_.y.sw + c, lanes)), lanes);
+    });
+  }
+
+  void activate_row(int64_t n, int64_t h, A* out) const {
+    const T* in = s_.y.at(n, h);
+    for_tiles(s_.y.W, s_.y.C, [&](int64_t p, int64_t end, int64_t c, auto lanes) {
+      const Channels<A> channel(s_, n, c, lanes);
+      for (; p < end; ++p)
+        store(out + p * s_.y.C + c, channel(load(in + p * s_.y.sw + c, lanes)), lanes);
+    });
+  }
+
+  void max_pool(int64_t n, int64_t h, int64_t w0, int64_t w1, T* out) const {
+    const int64_t sw = s_.y.sw;
+    const T* top = s_.y.at(n, 2 * h, 2 * w0);
+    const T* bottom = s_.y.at(n, 2 * h + 1, 2 * w0);
+    for_tiles(w1 - w0, s_.y.C, [&](int64_t p, int64_t end, int64_t c, auto lanes) {
+      const Channels<A> channel(s_, n, c, lanes);
+      for (; p < end; ++p) {
+        const T* a = top + 2 * p * sw + c;
+        const T* b = bottom + 2 * p * sw + c;
+        V best = channel(load(a, lanes));
+        for (const T* other : {a + sw, b, b + sw}) {
+          const V z = channel(load(other, lanes));
+          best = replaces(z, best) ? z : best;
+        }
+        store(out + p * out_.sw + c, best, lanes);
+      }
+    });
+  }
+
+  void interpolate(const A* low, const A* high, A weight, const typename Taps<A>::Tap* taps,
+                   int64_t w0, int64_t w1, T* out) const {
+    const int64_t C = s_.y.C;
+    for (int64_t w = w0; w < w1; ++w, out += out_.sw) {
+      const auto tap = taps[w];
+      const int64_t i = tap.low * C, j = tap.high * C;
+      for_tiles(1, C, [&](int64_t, int64_t, int64_t c, auto lanes) {
+        const V a = load(low + i + c, lanes), b = load(high + i + c, lanes);
+        const V d = load(low + j + c, lanes), e = load(high + j + c, lanes);
+        const V left = a + weight * (b - a), right = d + weight * (e - d);
+        store(out + c, left + tap.weight * (right - left), lanes);
+      });
+    }
+  }
+
+  Source<T> s_;
+  Map<T> out_;
+  Mode mode_;
+  Placement place_;
+};
+
+// dz: the gradient of the resampled map (a channel slice of the reader's input gradient).
+// dy = scale * g with g = act'(t) * (what dz sends to the pixel); partial sums of g * (y - center)
+// and of g per chunk. Every source pixel gathers; nothing is scattered.
+template <class T>
+class ResampleBwd {
+  using A = acc_t<T>;
+  using V = vec<A>;
+
+ public:
+  ResampleBwd(const Source<T>& s, Map<const T> dz, Map<T> dy, Mode mode)
+      : s_(s), dz_(dz), dy_(dy), mode_(mode), place_(mode, s.y.H, s.y.W, dz.H, dz.W) {}
+
+  static int64_t unit_rows(Mode mode) { return mode == Mode::max_pool ? 2 : 1; }
+
+  // Source rows of units [begin, end) of sample n; sums: [2][C], zeroed by the caller.
+  void units(int64_t n, int64_t begin, int64_t end, const Taps<A>* vertical,
+             const Taps<A>* horizontal, A* sums) const {
+    const int64_t C = s_.y.C, W = s_.y.W;
+    std::vector<A> gathered(vertical ? W * C : 0), columns(vertical ? place_.W * C : 0);
+    for (int64_t unit = begin; unit < end; ++unit) {
+      if (mode_ == Mode::max_pool) {
+        max_pool(n, unit, sums);
+      } else if (mode_ == Mode::none) {
+        const int64_t w0 = place_.w_begin(), w1 = place_.w_end(dz_.W);
+        if (!place_.has_row(unit, dz_.H) || w0 >= w1) {
+          zero(dy_.at(n, unit), W, dy_.sw, C);
+          continue;
+        }
+        zero(dy_.at(n, unit), w0, dy_.sw, C);
+        zero(dy_.at(n, unit, w1), W - w1, dy_.sw, C);
+        row(n, unit, w0, w1, dz_.at(n, unit + place_.top, w0 + place_.left), dz_.sw, sums);
+      } else {
+        gather(n, vertical->adjoint[unit], *horizontal, columns.data(), gathered.data());
+        row(n, unit, 0, W, gathered.data(), C, sums);
+      }
+    }
+  }
+
+ private:
+  // One row of source pixels [w0, w1) whose gradient with respect to z is dz.
+  template <class D>
+  void row(int64_t n, int64_t h, int64_t w0, int64_t w1, const D* dz, int64_t stride,
+           A* sums) const {
+    const T* y = s_.y.at(n, h, w0);
+    T* dy = dy_.at(n, h, w0);
+    for_tiles(w1 - w0, s_.y.C, [&](int64_t p, int64_t end, int64_t c, auto lanes) {
+      const Channels<A> channel(s_, n, c, lanes);
+      Sums sum;
+      for (; p < end; ++p) {
+        const V value = load(y + p * s_.y.sw + c, lanes);
+        const V g = channel.act_bwd(load(dz + p * stride + c, lanes), channel.preact(value));
+        store(dy + p * dy_.sw + c, channel.scale * g, lanes);
+        sum.add(g, value - channel.center);
+      }
+      sum.add_to(sums, s_.y.C, c, lanes);
+    });
+  }
+
+  void max_pool(int64_t n, int64_t unit, A* sums) const {
+    const int64_t C = s_.y.C, W = s_.y.W, sw = s_.y.sw, dw = dy_.sw;
+    const int64_t w0 = place_.w_begin(), w1 = place_.w_end(dz_.W);
+    const bool has_bottom = 2 * unit + 1 < s_.y.H;
+    if (unit >= place_.H || !place_.has_row(unit, dz_.H) || w0 >= w1) {
+      zero(dy_.at(n, 2 * unit), W, dw, C);
+      if (has_bottom) zero(dy_.at(n, 2 * unit + 1), W, dw, C);
+      return;
+    }
+    for (int64_t h : {2 * unit, 2 * unit + 1}) {
+      zero(dy_.at(n, h), 2 * w0, dw, C);
+      zero(dy_.at(n, h, 2 * w1), W - 2 * w1, dw, C);
+    }
+    const T* y[2] = {s_.y.at(n, 2 * unit, 2 * w0), s_.y.at(n, 2 * unit + 1, 2 * w0)};
+    T* dy[2] = {dy_.at(n, 2 * unit, 2 * w0), dy_.at(n, 2 * unit + 1, 2 * w0)};
+    const T* dz = dz_.at(n, unit + place_.top, w0 + place_.left);
+    for_tiles(w1 - w0, C, [&](int64_t p, int64_t end, int64_t c, auto lanes) {
+      const Channels<A> channel(s_, n, c, lanes);
+      Sums sum;
+      for (; p < end; ++p) {
+        V value[4], t[4];
+        for (int k = 0; k < 4; ++k) {
+          value[k] = load(y[k / 2] + (2 * p + k % 2) * sw + c, lanes);
+          t[k] = channel.preact(value[k]);
+        }
+        // wins[k]: k replaced the best of those before it; the last to do so is the maximum.
+        V best = channel.act(t[0]);
+        decltype(best > best) wins[4] = {best == best, {}, {}, {}};
+        wins[0] |= ~wins[0];
+        for (int k = 1; k < 4; ++k) {
+          const V z = channel.act(t[k]);
+          wins[k] = replaces(z, best);
+          best = wins[k] ? z : best;
+          for (int j = 0; j < k; ++j) wins[j] &= ~wins[k];
+        }
+        const V grad = load(dz + p * dz_.sw + c, lanes);
+        for (int k = 0; k < 4; ++k) {
+          const V g = channel.act_bwd(wins[k] ? grad : V{}, t[k]);
+          store(dy[k / 2] + (2 * p + k % 2) * dw + c, channel.scale * g, lanes);
+          sum.add(g, value[k] - channel.center);
+        }
+      }
+      sum.add_to(sums, C, c, lanes);
+    });
+  }
+
+  // out[w] = the adjoint of interpolation at one source row: first over rows, then over columns.
+  void gather(int64_t n, const std::vector<typename Taps<A>::Term>& rows,
+              const Taps<A>& horizontal, A* columns, A* out) const {
+    const int64_t C = s_.y.C, W = s_.y.W;
+    const int64_t w0 = place_.w_begin(), w1 = place_.w_end(dz_.W);
+    std::fill_n(columns, place_.W * C, A(0));
+    for (const auto& term : rows) {
+      if (!place_.has_row(term.out, dz_.H)) continue;
+      const T* dz = dz_.at(n, term.out + place_.top, w0 + place_.left);
+      for (int64_t w = w0; w < w1; ++w, dz += dz_.sw) {
+        A* column = columns + w * C;
+        for_tiles(1, C, [&](int64_t, int64_t, int64_t c, auto lanes) {
+          store(column + c, load(column + c, lanes) + term.weight * load(dz + c, lanes), lanes);
+        });
+      }
+    }
+    for (int64_t w = 0; w < W; ++w, out += C) {
+      for_tiles(1, C, [&](int64_t, int64_t, int64_t c, auto lanes) {
+        V sum{};
+        for (const auto& term : horizontal.adjoint[w])
+          sum += term.weight * load(columns + term.out * C + c, lanes);
+        store(out + c, sum, lanes);
+      });
+    }
+  }
+
+  struct Sums {
+    V scale{}, shift{};
+    FASTUNET_INLINE void add(V g, V centred) {
+      scale += g * centred;
+      shift += g;
+    }
+    FASTUNET_INLINE void add_to(A* sums, int64_t C, int64_t c, int lanes) const {
+      store(sums + c, load(sums + c, lanes) + scale, lanes);
+      store(sums + C + c, load(sums + C + c, lanes) + shift, lanes);
+    }
+  };
+
+  Source<T> s_;
+  Map<const T> dz_;
+  Map<T> dy_;
+  Mode mode_;
+  Placement place_;
+};
+
+}  // namespace fastunet

@@ -1,0 +1,23 @@
+"""The backend ``cpu``: compiled C++ kernels around PyTorch's convolution."""
+
+import torch
+from torch import Tensor
+
+from fastunet import extension
+
+from .head import head, head_bwd
+from .normalization import normalization, normalization_bwd
+from .resample import resample, resample_bwd
+
+KERNELS = (head, head_bwd, normalization, normalization_bwd, resample, resample_bwd)
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def why_not(x: Tensor) -> str:
+    """Why this backend cannot serve operators on ``x``; empty where it can."""
+    if x.device.type != "cpu":
+        return f"the tensors must be on the CPU, got {x.device}"
+    if x.dtype not in DTYPES:
+        return f"the dtype must be float32, float64, bfloat16 or float16, got {x.dtype}"
+    return extension.load()[1]

@@ -1,0 +1,74 @@
+"""Normalisation in plain PyTorch: center, scale and shift from a convolution's output."""
+
+import torch
+from torch import Tensor
+
+from .resample import accumulate_dtype, gradients, per_channel
+
+
+def normalization(
+    y: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    groups: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """center, scale, shift, var of y, each [rows, C].
+
+    ``z = scale * (y - center) + shift`` is the normalised ``y + bias``. groups = 0: statistics over
+    the batch (one row); otherwise per sample over groups of channels (a row per sample; as many
+    groups as channels is InstanceNorm). var is biased, without eps.
+    """
+    t = y.to(accumulate_dtype(y.dtype))
+    n, c = t.shape[:2]
+    offset = 0 if bias is None or groups in (0, c) else bias  # elsewhere it moves the mean alone
+    if groups in (0, c):
+        dims = (0, 2, 3) if groups == 0 else (2, 3)
+        mean = t.mean(dims).view(-1, c)
+        var = t.var(dims, unbiased=False).view(-1, c)
+    else:
+        shifted = t if bias is None else t + bias[:, None, None]
+        grouped = shifted.reshape(n, groups, -1)
+        each = (n, groups, c // groups)
+        mean = grouped.mean(2, keepdim=True).expand(each).reshape(n, c)
+        var = grouped.var(2, unbiased=False, keepdim=True).expand(each).reshape(n, c)
+    if t.numel() == 0:
+        mean, var = torch.zeros_like(mean), torch.zeros_like(var)
+    scale = torch.rsqrt(var + eps)
+    if gamma is not None:
+        scale = scale * gamma
+    shift = torch.zeros_like(scale) if beta is None else beta.expand_as(scale).clone()
+    return mean - offset, scale, shift, var
+
+
+def normalization_bwd(
+    dy: Tensor | None,
+    dscale: Tensor | None,
+    dshift: Tensor | None,
+    y: Tensor,
+    center: Tensor,
+    scale: Tensor,
+    var: Tensor,
+    groups: int,
+    eps: float,
+) -> Tensor:
+    """The gradient of y: what its readers returned at fixed center, scale and shift, plus what
+    flows through the statistics. dshift stands for -dcenter / scale."""
+    gamma = scale * torch.sqrt(var + eps)
+
+    def statistics(t: Tensor) -> Tensor:
+        # Rows that share statistics share the mean of y - center too, which is 0 at this y.
+        mean, s, _, _ = normalization(t, None, None, None, groups, eps)
+        loss = t.new_zeros((), dtype=scale.dtype)
+        if dscale is not None:
+            loss = loss + (dscale * s * gamma).sum()
+        if dshift is not None:
+            loss = loss - (dshift * scale * mean).sum()
+        return loss
+
+    # A convolution's bias moves group statistics: take them of y - center, where it is undone.
+    t = y.to(scale.dtype) - per_channel(center)
+    (through,) = gradients(statistics, [t], torch.ones((), dtype=scale.dtype, device=y.device))
+    total = through if dy is None else through + dy
+    return total.to(y.dtype).contiguous(memory_format=torch.channels_last)
