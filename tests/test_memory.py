@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fastunet.memory import measure_allocations, saved_for_backward
+from fastunet.reference import UNet
 
 FLOAT = 4  # bytes
 
@@ -126,6 +127,14 @@ def test_allocations_of_a_training_step():
     _, live, peak = measure_allocations(lambda: net(x).sum().backward())
     assert live == net.weight.numel() * FLOAT  # the gradient
     assert peak >= live + 4 * 32 * 32 * FLOAT
+
+
+def test_both_counters_agree_on_a_network():
+    net = UNet(1, 2, base_channels=4, depth=2)
+    x = torch.randn(2, 1, 33, 47)
+    saved = saved_for_backward(lambda: net(x), [*net.parameters(), *net.buffers()])
+    logits, live, _ = measure_allocations(lambda: net(x))
+    assert live == saved - x.numel() * FLOAT + logits.numel() * FLOAT
 
 
 def test_allocations_error_passes_through():

@@ -112,7 +112,7 @@ void dispatch(ScalarType dtype, F f) {
 }
 
 // Registers `f` as the CPU implementation of the schema, in this build's own library.
-#define FASTUNET_KERNEL(name, schema)                                  \
+#define FASTUNET_KERNEL(name, schema)                                   \
   STABLE_TORCH_LIBRARY_FRAGMENT(FASTUNET_LIBRARY, m) { m.def(schema); } \
   STABLE_TORCH_LIBRARY_IMPL(FASTUNET_LIBRARY, CPU, m) { m.impl(#name, TORCH_BOX(&name)); }
 

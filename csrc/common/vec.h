@@ -133,8 +133,7 @@ FASTUNET_INLINE void for_tiles(int64_t pixels, int64_t channels, F f) {
   for (int64_t p = 0; p < pixels; p += kTile) {
     const int64_t end = p + kTile < pixels ? p + kTile : pixels;
     int64_t c = 0;
-    for (; c + kLanes <= channels; c += kLanes)
-      f(p, end, c, std::integral_constant<int, kLanes>{});
+    for (; c + kLanes <= channels; c += kLanes) f(p, end, c, std::integral_constant<int, kLanes>{});
     if (c < channels) f(p, end, c, static_cast<int>(channels - c));
   }
 }

@@ -22,9 +22,9 @@ void dispatch_classes(int64_t classes, F f) {
 
 template <class T>
 Logits<T> logits_view(const Tensor& t, const Map<const std::remove_const_t<T>>& y, int64_t K) {
-  require(t.dim() == 4 && t.size(0) == y.N && t.size(1) == K && t.size(2) == y.H &&
-              t.size(3) == y.W,
-          "logits must be [", y.N, ", ", K, ", ", y.H, ", ", y.W, "], got ", shape(t));
+  require(
+      t.dim() == 4 && t.size(0) == y.N && t.size(1) == K && t.size(2) == y.H && t.size(3) == y.W,
+      "logits must be [", y.N, ", ", K, ", ", y.H, ", ", y.W, "], got ", shape(t));
   return {data<T>(t, "logits"), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
 }
 

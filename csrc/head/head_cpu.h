@@ -53,8 +53,8 @@ void head_row(const Source<T>& s, const acc_t<T>* weight, const acc_t<T>* bias, 
 // Row h of sample n: writes dy and adds to sums, [2 + K, C] (dscale, dshift, dweight) then [K]
 // (dbias). A null dy.data skips what only the source's gradient needs.
 template <int K, class T>
-void head_bwd_row(const Source<T>& s, const acc_t<T>* weight, Logits<const T> dlogits,
-                  Map<T> dy, int64_t n, int64_t h, acc_t<T>* sums) {
+void head_bwd_row(const Source<T>& s, const acc_t<T>* weight, Logits<const T> dlogits, Map<T> dy,
+                  int64_t n, int64_t h, acc_t<T>* sums) {
   using A = acc_t<T>;
   using V = vec<A>;
   const int64_t C = s.y.C, W = s.y.W;
@@ -62,8 +62,7 @@ void head_bwd_row(const Source<T>& s, const acc_t<T>* weight, Logits<const T> dl
   A* dbias = dweight + K * C;
   std::vector<A> grads(W * K);
   for (int64_t w = 0; w < W; ++w)
-    for (int k = 0; k < K; ++k)
-      dbias[k] += grads[w * K + k] = load_one(dlogits.at(n, k, h, w));
+    for (int k = 0; k < K; ++k) dbias[k] += grads[w * K + k] = load_one(dlogits.at(n, k, h, w));
   const T* y = s.y.at(n, h);
   for_tiles(W, C, [&](int64_t p, int64_t end, int64_t c, auto lanes) {
     const Channels<A> channel(s, n, c, lanes);

@@ -40,7 +40,7 @@ struct Taps {
     int64_t out;
     A weight;
   };
-  std::vector<Tap> taps;                  // per output
+  std::vector<Tap> taps;                   // per output
   std::vector<std::vector<Term>> adjoint;  // per input: the outputs that read it, ascending
 
   Taps(Mode mode, int64_t in) : taps(2 * in), adjoint(in) {
@@ -94,7 +94,7 @@ class Resample {
 
   // Writes output rows [begin, end) of the N * H rows.
   void rows(int64_t begin, int64_t end, const Taps<A>* vertical, const Taps<A>* horizontal) const {
-    std::vector<A> low, high;     // activated source rows
+    std::vector<A> low, high;             // activated source rows
     int64_t low_row = -1, high_row = -1;  // which ones they hold, over all samples
     if (vertical) low.resize(s_.y.W * s_.y.C), high.resize(s_.y.W * s_.y.C);
     for (int64_t row = begin; row < end; ++row) {
@@ -292,8 +292,8 @@ class ResampleBwd {
   }
 
   // out[w] = the adjoint of interpolation at one source row: first over rows, then over columns.
-  void gather(int64_t n, const std::vector<typename Taps<A>::Term>& rows,
-              const Taps<A>& horizontal, A* columns, A* out) const {
+  void gather(int64_t n, const std::vector<typename Taps<A>::Term>& rows, const Taps<A>& horizontal,
+              A* columns, A* out) const {
     const int64_t C = s_.y.C, W = s_.y.W;
     const int64_t w0 = place_.w_begin(), w1 = place_.w_end(dz_.W);
     std::fill_n(columns, place_.W * C, A(0));

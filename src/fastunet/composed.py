@@ -1,8 +1,8 @@
 """conv_norm_act and conv_transpose from PyTorch's own convolution and a backend's kernels.
 
 ``kernels`` is a backend module: resample, resample_bwd, normalization, normalization_bwd. The
-sources are materialised into one temporary map, which is dropped as soon as it has been read and
-built again in backward: nothing but the convolutions' outputs is ever saved.
+sources are materialised into one temporary map and again in backward: nothing but the
+convolutions' outputs is ever saved.
 """
 
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastunet.activation import Activation
 from fastunet.reference.resample import accumulate_dtype, per_channel
+from fastunet.workspace import release_after_backward, temporary
 
 Size = tuple[int, int]
 
@@ -49,7 +50,6 @@ def conv_norm_act(
     """y, center, scale, shift, var."""
     x = gather(kernels, sources)
     y = convolution(x, weight.to(x.dtype))
-    del x
     vectors = accumulate_dtype(y.dtype)
     bias, gamma, beta = (as_dtype(t, vectors) for t in (bias, norm.gamma, norm.beta))
     if norm.kind in ("batch", "group"):
@@ -90,6 +90,7 @@ def conv_norm_act_bwd(
     grads: of y, scale and shift, each None where it is zero. needs: weight, then each source.
     y: None where the normalisation's backward does not read it (kinds none and frozen).
     """
+    release_after_backward()
     zero = torch.zeros_like(center)
     dscale = zero if grads.dscale is None else grads.dscale
     dshift = zero if grads.dshift is None else grads.dshift
@@ -99,7 +100,8 @@ def conv_norm_act_bwd(
     if norm.kind in ("batch", "group"):
         assert y is not None
         groups = norm.groups if norm.kind == "group" else 0
-        total = kernels.normalization_bwd(*grads, y, center, scale, var, groups, norm.eps)
+        out = temporary("gradient", y, y.size(1), (y.size(2), y.size(3)))
+        total = kernels.normalization_bwd(*grads, y, center, scale, var, groups, norm.eps, out)
     elif total is None:
         total = zero.new_zeros(output_shape(sources, weight), dtype=sources[0].y.dtype)
     dbias = dbias_of(norm, bias, dscale, dshift, y, center, scale, var)
@@ -111,7 +113,6 @@ def conv_norm_act_bwd(
         # Built again only for dweight; the data gradient reads the size alone.
         x = gather(kernels, sources) if need_weight else placeholder(sources)
         dx, dweight = convolution_bwd(total, x, weight, any(need_sources), need_weight)
-        del x, total
         channel = 0
         for i, source in enumerate(sources):
             channels = source.y.size(1)
@@ -168,6 +169,7 @@ def conv_transpose_bwd(
     kernels: ModuleType, dy: Tensor, source: Activation, needs: Sequence[bool], weight: Tensor
 ) -> tuple[Tensor | None, Tensor, SourceGrads]:
     """dweight, dbias and the source's gradients; needs: weight, source."""
+    release_after_backward()
     need_weight, need_source = needs
     x = gather(kernels, [source]) if need_weight else placeholder([source])
     dx, dweight, dbias = torch.ops.aten.convolution_backward(
@@ -189,11 +191,8 @@ def conv_transpose_bwd(
 
 def gather(kernels: ModuleType, sources: Sequence[Activation]) -> Tensor:
     """The convolution's input, channels_last: the sources' maps side by side."""
-    if len(sources) == 1:
-        (source,) = sources
-        if source.pending:
-            return kernels.resample(source)
-        return source.y.contiguous(memory_format=torch.channels_last)
+    if len(sources) == 1 and not sources[0].pending:
+        return sources[0].y.contiguous(memory_format=torch.channels_last)
     x = placeholder(sources)
     channel = 0
     for source in sources:
@@ -205,13 +204,8 @@ def gather(kernels: ModuleType, sources: Sequence[Activation]) -> Tensor:
 
 def placeholder(sources: Sequence[Activation]) -> Tensor:
     """An uninitialised map of the convolution's input's size."""
-    y = sources[0].y
-    return torch.empty(
-        (y.size(0), sum(s.y.size(1) for s in sources), *sources[0].size),
-        dtype=y.dtype,
-        device=y.device,
-        memory_format=torch.channels_last,
-    )
+    channels = sum(s.y.size(1) for s in sources)
+    return temporary("input", sources[0].y, channels, sources[0].size)
 
 
 def output_shape(sources: Sequence[Activation], weight: Tensor) -> tuple[int, ...]:
@@ -265,7 +259,7 @@ def favoured_layout(x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     """
     weight = tensors[-1]
     maps = x.numel() // max(1, x.size(1)) * (weight.size(0) + weight.size(1))
-    deep = x.device.type == "cpu" and weight.numel() > maps
+    deep = x.device.type == "cpu" and weight.numel() > 2 * maps
     memory_format = torch.contiguous_format if deep else torch.channels_last
     return tuple(t.contiguous(memory_format=memory_format) for t in tensors)
 

@@ -25,7 +25,6 @@ from fastunet.activation import (
 )
 from fastunet.ops import conv_norm_act, conv_transpose, head, materialize
 
-
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -167,7 +166,7 @@ def conv_layers(layers: nn.Module) -> list[tuple[nn.Conv2d, nn.Module | None, fl
     if not is_plain(layers, nn.Sequential):
         return None
     found: list[tuple[nn.Conv2d, nn.Module | None, float]] = []
-    for module in layers:  # type: ignore[attr-defined]
+    for module in layers:
         if is_plain(module, nn.Conv2d):
             if module.kernel_size != (3, 3) or not is_simple(module, 1):
                 return None

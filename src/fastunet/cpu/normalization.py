@@ -31,9 +31,9 @@ def normalization_bwd(
     var: Tensor,
     groups: int,
     eps: float,
+    out: Tensor,
 ) -> Tensor:
     if dy is not None:
         dy = dy.contiguous(memory_format=torch.channels_last)
-    out = torch.empty_like(y)
     kernels().normalization_bwd(out, dy, dscale, dshift, y, center, scale, var, groups, eps)
     return out

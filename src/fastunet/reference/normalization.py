@@ -52,9 +52,10 @@ def normalization_bwd(
     var: Tensor,
     groups: int,
     eps: float,
+    out: Tensor,
 ) -> Tensor:
     """The gradient of y: what its readers returned at fixed center, scale and shift, plus what
-    flows through the statistics. dshift stands for -dcenter / scale."""
+    flows through the statistics; written to out. dshift stands for -dcenter / scale."""
     gamma = scale * torch.sqrt(var + eps)
 
     def statistics(t: Tensor) -> Tensor:
@@ -71,4 +72,4 @@ def normalization_bwd(
     t = y.to(scale.dtype) - per_channel(center)
     (through,) = gradients(statistics, [t], torch.ones((), dtype=scale.dtype, device=y.device))
     total = through if dy is None else through + dy
-    return total.to(y.dtype).contiguous(memory_format=torch.channels_last)
+    return out.copy_(total)

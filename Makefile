@@ -1,0 +1,50 @@
+# Every target does its own set-up: a virtual environment with the compiled package in it.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+# Tests run in two processes of one thread each.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+.PHONY: help setup demo test test-all lint format bench clean
+
+help:
+	@echo "make demo      train the plain U-Net and FastUNet side by side on real MR images"
+	@echo "make test      the test suite"
+	@echo "make test-all  the same with every combination, for an hour or so"
+	@echo "make bench     measure against eager PyTorch and write benchmarks/results"
+	@echo "make lint      ruff, clang-format and mypy"
+	@echo "make format    let ruff and clang-format write"
+
+setup: $(READY)
+
+$(READY): pyproject.toml setup.py requirements/cpu.txt tools/setup.sh $(SOURCES)
+	tools/setup.sh $(PYTHON) $(VENV)
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/python examples/demo.py
+
+test: $(READY)
+	$(PYTEST)
+
+test-all: $(READY)
+	$(PYTEST) -m "not gpu"
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks.run
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(SOURCES)
+
+clean:
+	rm -rf build $(VENV) src/*.egg-info src/fastunet/*.so

@@ -1,0 +1,1 @@
+"""Benchmarks of FastUNet against what one would otherwise run; see cases.py."""

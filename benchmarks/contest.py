@@ -1,0 +1,129 @@
+"""What is measured: cases, their contenders, and the gate that comes before any timing."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastunet.memory import measure_allocations, saved_for_backward
+
+CONTIGUOUS, CHANNELS_LAST, COMPILED = "eager contiguous", "eager channels_last", "compile"
+FASTUNET, ORACLE = "fastunet", "float64"
+EAGER = (CONTIGUOUS, CHANNELS_LAST)
+# An eager result this far from float64 (relative L2) means that the case itself is broken.
+BROKEN = 0.3
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and in which precision everything runs; 16-bit dtypes run under autocast."""
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    compile: bool = False
+
+    def autocast(self) -> torch.autocast:
+        low = self.dtype in (torch.bfloat16, torch.float16)
+        return torch.autocast(self.device, self.dtype if low else None, enabled=low)
+
+    def oracle(self) -> "Setting":
+        return replace(self, dtype=torch.float64, compile=False)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to do a case's work.
+
+    run: the work that is timed; returns the tensors that the gate compares.
+    record: the forward alone, recorded by autograd; None where the case has no backward.
+    parameters: tensors that do not count as saved for backward.
+    """
+
+    run: Callable[[], list[Tensor]]
+    record: Callable[[], object] | None = None
+    parameters: Iterable[Tensor] = ()
+
+
+@dataclass(frozen=True)
+class Case:
+    """One unit of work that several contenders do from the same data.
+
+    group: ``operators/<operator>`` or ``networks``.
+    phase: ``forward`` (inference), ``backward`` (alone) or ``step`` (forward, loss, backward).
+    floor: an error (relative L2 from float64) that passes the gate whatever eager's is.
+    make: builds one contender, by name.
+    """
+
+    group: str
+    name: str
+    phase: str
+    floor: float
+    make: Callable[[str, Setting], Contender]
+    can_compile: bool = False
+
+    @property
+    def id(self) -> str:
+        return f"{self.group}/{self.name}/{self.phase}"
+
+    def contenders(self, setting: Setting) -> list[str]:
+        compiled = [COMPILED] if setting.compile and self.can_compile else []
+        return [*EAGER, *compiled, FASTUNET]
+
+
+class GateError(AssertionError):
+    """A contender's results are wrong, so its speed means nothing."""
+
+
+class Gated(NamedTuple):
+    """Contenders that may be timed, and their distances from float64."""
+
+    contenders: dict[str, Contender]
+    errors: dict[str, float]
+
+
+def gate(case: Case, setting: Setting) -> Gated:
+    """Builds the contenders, and compares what each computes with plain PyTorch in float64.
+
+    Raises:
+        GateError: where an error is above the case's floor and above twice that of eager PyTorch
+            in the same precision.
+    """
+    oracle = [t.cpu() for t in case.make(ORACLE, setting.oracle()).run()]
+    contenders, errors = {}, {}
+    for name in case.contenders(setting):
+        contenders[name] = case.make(name, setting)
+        errors[name] = distance(contenders[name].run(), oracle)
+    eager = max(errors[name] for name in EAGER)
+    allowed = min(BROKEN, max(case.floor, 2 * eager))
+    for name, error in errors.items():
+        if not error <= allowed:
+            raise GateError(
+                f"{case.id}: {name} is {error:.2g} from float64 (relative L2 of the worst tensor), "
+                f"allowed is {allowed:.2g}; eager PyTorch is {eager:.2g} from it"
+            )
+    return Gated(contenders, errors)
+
+
+def distance(results: list[Tensor], oracle: list[Tensor]) -> float:
+    """The worst tensor's relative L2 distance; not finite where a result is not."""
+    assert len(results) == len(oracle), f"{len(results)} results, expected {len(oracle)}"
+    worst = 0.0
+    for result, expected in zip(results, oracle, strict=True):
+        difference = result.detach().cpu().double().reshape(expected.shape) - expected
+        error = float(difference.norm() / expected.norm())
+        if not math.isfinite(error):
+            return math.inf
+        worst = max(worst, error)
+    return worst
+
+
+def memory(contender: Contender, device: str) -> dict[str, int | None]:
+    """peak_bytes of the work, and saved_bytes of its recorded forward, for a warm contender."""
+    peak = measure_allocations(contender.run, device).peak_bytes
+    saved = None
+    if contender.record is not None:
+        saved = saved_for_backward(contender.record, contender.parameters)
+    return {"peak_bytes": peak, "saved_bytes": saved}

@@ -1,0 +1,258 @@
+"""The operators' cases, at the shapes of U-Nets with base 16 and 64 on a 256x256 image.
+
+A reader's case starts from raw convolution outputs, as inside the network: eager PyTorch normalises
+(by given statistics), activates, resamples, pads, concatenates and convolves, FastUNet reads an
+Activation with all of it pending. Both compute the same function with the same gradients. The
+statistics themselves are in the ``batch`` cases: one whole layer from an ordinary tensor to one.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastunet.activation import (
+    BILINEAR,
+    BILINEAR_ALIGN_CORNERS,
+    MAX_POOL,
+    NEAREST,
+    NONE,
+    Activation,
+    Concat,
+)
+from fastunet.ops import conv_norm_act, conv_transpose, head, materialize
+
+from .contest import CHANNELS_LAST, CONTIGUOUS, FASTUNET, ORACLE, Case, Contender, Setting
+
+IMAGE, BASES, CLASSES = 256, (16, 64), (2, 21)
+EPS = 1e-5
+FLOOR = 1e-5  # relative L2 per operator in fp32, see the design
+KINK = 1e-3  # pre-activations nearer to 0 than this get no gradient: rounding decides their sign
+RESAMPLERS = {
+    "affine": (NONE, lambda z: z),
+    "max_pool": (MAX_POOL, lambda z: F.max_pool2d(z, 2)),
+    "bilinear": (BILINEAR, lambda z: F.interpolate(z, scale_factor=2.0, mode="bilinear")),
+    "bilinear_align_corners": (
+        BILINEAR_ALIGN_CORNERS,
+        lambda z: F.interpolate(z, scale_factor=2.0, mode="bilinear", align_corners=True),
+    ),
+    "nearest": (NEAREST, lambda z: F.interpolate(z, scale_factor=2.0, mode="nearest")),
+}
+
+
+class Problem(NamedTuple):
+    """inputs: tensors with gradients, [N, C, H, W] maps first; both functions take them all."""
+
+    inputs: list[Tensor]
+    eager: Callable[..., Tensor]
+    fast: Callable[..., Tensor]
+    mask: Tensor | None = None  # of the output's gradient
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def raw_map(seed: int, channels: int, size: int) -> list[Tensor]:
+    """y [1, C, H, W], scale [1, C], shift [1, C] whose pre-activations are never near 0, and never
+    near each other within a pooling window: rounding does not decide any gradient."""
+    scale = normal(seed + 1, 1, channels).abs() / 2 + 0.5
+    shift = normal(seed + 2, 1, channels) / 4
+    place = torch.arange(size) % 2
+    place = 2 * place[:, None] + place  # 0..3 within each 2x2 window
+    t = (4 * (normal(seed, 1, channels, size, size) * 256).round() + place + 0.5) / 1024
+    return [(t - shift[:, :, None, None]) / scale[:, :, None, None], scale, shift]
+
+
+def eager_source(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    mean, var = torch.zeros_like(scale[0]), torch.full_like(scale[0], 1 - EPS)
+    z = F.batch_norm(y, mean, var, scale[0], shift[0], training=False, eps=EPS)
+    return F.relu(z, inplace=True)
+
+
+def fast_source(y: Tensor, scale: Tensor, shift: Tensor) -> Activation:
+    center = torch.zeros_like(scale)
+    return Activation.of(y)._replace(center=center, scale=scale, shift=shift, slope=0.0)
+
+
+def pended(x: Activation, mode: int) -> Activation:
+    if mode == NONE:
+        return x
+    return x.pool() if mode == MAX_POOL else x.upsample(mode)
+
+
+def weights(seed: int, *shape: int) -> Tensor:
+    return normal(seed, *shape) / (shape[1] * shape[2] * shape[3]) ** 0.5
+
+
+def conv_reader(resampler: str, cin: int, cout: int, size: int) -> Problem:
+    """A convolution that reads one map with normalisation and perhaps resampling pending."""
+    mode, resample = RESAMPLERS[resampler]
+
+    def eager(y, scale, shift, weight):
+        return F.conv2d(resample(eager_source(y, scale, shift)), weight, padding=1)
+
+    def fast(y, scale, shift, weight):
+        return conv_norm_act(pended(fast_source(y, scale, shift), mode), weight).output.y
+
+    return Problem([*raw_map(0, cin, size), weights(9, cout, cin, 3, 3)], eager, fast)
+
+
+def conv_concat(channels: int, size: int) -> Problem:
+    """A decoder's first convolution: the skip beside the map from below, upsampled and padded."""
+    mode, resample = RESAMPLERS["bilinear_align_corners"]
+
+    def eager(y0, scale0, shift0, y1, scale1, shift1, weight):
+        below = resample(eager_source(y1, scale1, shift1))
+        dy, dx = size - below.size(2), size - below.size(3)
+        below = F.pad(below, [dx // 2, dx - dx // 2, dy // 2, dy - dy // 2])
+        pair = torch.cat([eager_source(y0, scale0, shift0), below], dim=1)
+        return F.conv2d(pair, weight, padding=1)
+
+    def fast(y0, scale0, shift0, y1, scale1, shift1, weight):
+        below = fast_source(y1, scale1, shift1).upsample(mode).place((size, size))
+        return conv_norm_act(Concat(fast_source(y0, scale0, shift0), below), weight).output.y
+
+    sources = [*raw_map(0, channels, size), *raw_map(3, channels, size // 2)]
+    return Problem([*sources, weights(9, channels, 2 * channels, 3, 3)], eager, fast)
+
+
+def conv_batch(cin: int, cout: int, size: int) -> Problem:
+    """Convolution, BatchNorm in training and ReLU, from an ordinary tensor to one."""
+
+    def layer(x, weight, gamma, beta):
+        y = F.conv2d(x, weight, padding=1)
+        return F.batch_norm(y, None, None, gamma, beta, training=True, eps=EPS)
+
+    def eager(*inputs):
+        return F.relu(layer(*inputs), inplace=True)
+
+    def fast(x, weight, gamma, beta):
+        norm = dict(norm="batch", gamma=gamma, beta=beta, eps=EPS)
+        return materialize(conv_norm_act(Activation.of(x), weight, slope=0.0, **norm).output)
+
+    gamma, beta = normal(1, cout).abs() / 2 + 0.5, normal(2, cout) / 4
+    inputs = [normal(0, 1, cin, size, size), weights(9, cout, cin, 3, 3), gamma, beta]
+    return Problem(inputs, eager, fast, layer(*inputs).abs() > KINK)
+
+
+def transpose(cin: int, size: int) -> Problem:
+    def eager(y, scale, shift, weight, bias):
+        return F.conv_transpose2d(eager_source(y, scale, shift), weight, bias, stride=2)
+
+    def fast(y, scale, shift, weight, bias):
+        return conv_transpose(fast_source(y, scale, shift), weight, bias).y
+
+    weight, bias = normal(9, cin, cin // 2, 2, 2) / cin**0.5, normal(8, cin // 2)
+    return Problem([*raw_map(0, cin, size), weight, bias], eager, fast)
+
+
+def resampling(resampler: str, channels: int, size: int) -> Problem:
+    mode, resample = RESAMPLERS[resampler]
+
+    def eager(*source):
+        return resample(eager_source(*source))
+
+    def fast(*source):
+        return materialize(pended(fast_source(*source), mode))
+
+    return Problem(raw_map(0, channels, size), eager, fast)
+
+
+def logits(channels: int, classes: int, size: int) -> Problem:
+    def eager(y, scale, shift, weight, bias):
+        return F.conv2d(eager_source(y, scale, shift), weight, bias)
+
+    def fast(y, scale, shift, weight, bias):
+        return head(fast_source(y, scale, shift), weight, bias)
+
+    weight, bias = weights(9, classes, channels, 1, 1), normal(8, classes)
+    return Problem([*raw_map(0, channels, size), weight, bias], eager, fast)
+
+
+def make(problem: Callable[[], Problem], phase: str, name: str, setting: Setting) -> Contender:
+    # Moving maps and vectors to the dtype first gives every contender, and the oracle, one input.
+    data = problem()
+    inputs = [as_input(t, name, setting) for t in data.inputs]
+    function = data.fast if name == FASTUNET else data.eager
+
+    def forward() -> list[Tensor]:
+        with torch.inference_mode(), setting.autocast():
+            return [function(*inputs)]
+
+    if phase == "forward":
+        return Contender(forward)
+
+    def record() -> Tensor:
+        with setting.autocast():
+            return function(*inputs)
+
+    output = record()
+    grad = normal(7, *output.shape)
+    if data.mask is not None:
+        grad *= data.mask
+    grad = torch.empty_like(output).copy_(grad)
+
+    def backward() -> list[Tensor]:
+        return list(torch.autograd.grad(output, inputs, grad, retain_graph=True))
+
+    return Contender(backward, record, [t for t in inputs if t.size(0) != 1 or t.dim() != 4])
+
+
+def as_input(t: Tensor, name: str, setting: Setting) -> Tensor:
+    """A leaf in the contender's layout. Maps are in the compute dtype, parameters in fp32."""
+    is_map = t.dim() == 4 and t.size(0) == 1
+    t = t.detach()
+    if name == ORACLE:
+        t = t.double()
+    elif is_map:
+        t = t.to(setting.dtype)
+    if t.dim() == 4 and (name == CHANNELS_LAST or (name == FASTUNET and is_map)):
+        t = t.contiguous(memory_format=torch.channels_last)
+    else:
+        assert name in (CONTIGUOUS, CHANNELS_LAST, FASTUNET, ORACLE), name
+    return t.to(setting.device, copy=True).requires_grad_()
+
+
+def problems() -> list[tuple[str, str, Callable[[], Problem]]]:
+    """(operator, name, problem) of every case."""
+    found: list[tuple[str, str, Callable[[], Problem]]] = []
+
+    def add(operator: str, name: str, problem: Callable[..., Problem], *args: object) -> None:
+        found.append((operator, name, functools.partial(problem, *args)))
+
+    for base in BASES:
+        width = [base << level for level in range(5)]
+        size = [IMAGE >> level for level in range(5)]
+
+        def at(kind: str, level: int, base: int = base) -> str:
+            return f"base{base}-level{level}-{kind}"
+
+        for i in (0, 2, 4):
+            add("conv_norm_act", at("one", i), conv_reader, "affine", width[i], width[i], size[i])
+        for i in (1, 4):
+            args = "max_pool", width[i - 1], width[i], size[i - 1]
+            add("conv_norm_act", at("pool", i), conv_reader, *args)
+        for i in (0, 3):
+            add("conv_norm_act", at("upsample-concat", i), conv_concat, width[i], size[i])
+        add("conv_norm_act", at("batch-image", 0), conv_batch, 3, width[0], size[0])
+        for i in (0, 2, 4):
+            add("conv_norm_act", at("batch", i), conv_batch, width[i], width[i], size[i])
+        for i in (0, 3):
+            add("conv_transpose", at("up", i), transpose, width[i + 1], size[i + 1])
+        for resampler in RESAMPLERS:
+            add("resample", at(resampler, 1), resampling, resampler, width[1], size[1])
+        for classes in CLASSES:
+            add("head", at(f"classes{classes}", 0), logits, width[0], classes, size[0])
+    return found
+
+
+def operator_cases() -> list[Case]:
+    return [
+        Case(f"operators/{operator}", name, phase, FLOOR, functools.partial(make, problem, phase))
+        for operator, name, problem in problems()
+        for phase in ("forward", "backward")
+    ]

@@ -1,0 +1,67 @@
+"""What is available on this machine, which backend serves here, and why the others do not."""
+
+import importlib.metadata
+import platform
+from typing import Any
+
+import torch
+
+from . import backends, extension
+
+
+def report() -> dict[str, Any]:
+    """Versions, devices, and per device and dtype the backend that serves each operator."""
+    build, why_not_compiled = extension.load()
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    devices = ["cpu", *(["cuda"] if gpus else [])]
+    return {
+        "fastunet": importlib.metadata.version("fastunet"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torch_cuda": torch.version.cuda,
+        "triton": version("triton"),
+        "machine": platform.machine(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+        "compiled_kernels": build,
+        "why_not_compiled": why_not_compiled,
+        "operators": [serving(d, t) for d in devices for t in (torch.float32, torch.bfloat16)],
+    }
+
+
+def serving(device: str, dtype: torch.dtype) -> dict[str, Any]:
+    """The backend that `auto` takes for conv_norm_act, conv_transpose, resample and head."""
+    x = torch.empty(1, 1, 1, 1, device=device, dtype=dtype)
+    others = {name: backends.module(name).why_not(x) for name in backends.BACKENDS}
+    served_by = next(name for name, why in others.items() if not why)
+    return {
+        "device": device,
+        "dtype": str(dtype).removeprefix("torch."),
+        "backend": served_by,
+        "why_not": {name: why for name, why in others.items() if why},
+    }
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def render(found: dict[str, Any]) -> str:
+    """The report as text."""
+    cuda = f"CUDA {found['torch_cuda']}" if found["torch_cuda"] else "CPU build"
+    lines = [
+        f"fastunet {found['fastunet']}, Python {found['python']}",
+        f"torch {found['torch']} ({cuda}), triton {found['triton'] or 'not installed'}",
+        f"CPU {found['machine']} {found['cpu_capability']}, {found['threads']} threads",
+        f"GPU {', '.join(found['gpus']) or 'none'}",
+        f"compiled kernels: {found['compiled_kernels'] or found['why_not_compiled']}",
+        "operators (conv_norm_act, conv_transpose, resample, head):",
+    ]
+    for row in found["operators"]:
+        lines.append(f"  {row['device']} {row['dtype']}: {row['backend']}")
+        lines += [f"    not {name}: {why}" for name, why in row["why_not"].items()]
+    return "\n".join(lines)

@@ -1,0 +1,63 @@
+"""Every operator is tested on every backend, the compiled one in each of its builds."""
+
+import pytest
+import torch
+from torch.utils import deterministic
+
+import fastunet
+from fastunet import extension
+
+BUILDS = ("avx2", "default")
+
+
+def use_build(build, monkeypatch):
+    """Makes the backend ``cpu`` use one build of the kernels; both can live in one process."""
+    built, why = extension.load()
+    if built is None:
+        pytest.skip(f"the compiled kernels are missing: {why}")
+    if build == "avx2" and built != "avx2":
+        pytest.skip("the AVX2 build is missing, or this processor has no AVX2")
+    (library,) = extension.PACKAGE.glob(f"_cpu_{build}.*")
+    torch.ops.load_library(library)
+    monkeypatch.setattr(extension, "load", lambda: (build, ""))
+
+
+@pytest.fixture(params=BUILDS)
+def build(request, monkeypatch):
+    use_build(request.param, monkeypatch)
+    with fastunet.backend("cpu"):
+        yield request.param
+
+
+@pytest.fixture(params=["reference", *(f"cpu_{build}" for build in BUILDS)])
+def backend(request, monkeypatch):
+    name, _, build = request.param.partition("_")
+    if build:
+        use_build(build, monkeypatch)
+    with fastunet.backend(name):
+        yield name
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """torch.empty gives NaN (and integers their maximum) while this is entered."""
+
+    class Poison:
+        def __enter__(self):
+            self.before = torch.are_deterministic_algorithms_enabled()
+            torch.use_deterministic_algorithms(True)
+            monkeypatch.setattr(deterministic, "fill_uninitialized_memory", True)
+            assert torch.empty(3).isnan().all()
+
+        def __exit__(self, *_):
+            torch.use_deterministic_algorithms(self.before)
+
+    return Poison()
+
+
+@pytest.fixture
+def threads():
+    """torch.set_num_threads, undone afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

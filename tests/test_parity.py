@@ -1,0 +1,199 @@
+"""FastUNet against the plain U-Net: logits, every gradient, running statistics.
+
+In float64 both are the same function, to 1e-9. In lower precision a rounding difference flips ReLU
+masks and pool winners, so there FastUNet may be at most twice as far from float64 as plain PyTorch.
+"""
+
+import itertools
+import random as python_random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from networks import (
+    LAYOUTS,
+    MODES,
+    assert_bitwise,
+    assert_same_step,
+    distances,
+    double_pair,
+    kind,
+    laid_out,
+    pair,
+    random,
+    step,
+    to_mode,
+)
+
+import fastunet
+from fastunet.reference.unet import ACTIVATIONS, CONCAT_ORDERS, NORMS
+
+VARIANTS = [
+    dict(zip(("bilinear", "norm", "activation", "conv_bias", "concat_order"), values, strict=True))
+    for values in itertools.product((False, True), NORMS, ACTIVATIONS, (False, True), CONCAT_ORDERS)
+]
+SIZES = ((12, 16), (13, 11))
+
+
+def matrix(every: int):
+    """All variants, modes, sizes and layouts. Of every ``every``-th variant one case is drawn to
+    run by default, the others are slow."""
+    draw = python_random.Random(every)
+    cases = []
+    for index, options in enumerate(VARIANTS):
+        modes = MODES if options["norm"] == "batch" else ("train", "eval")
+        rest = list(itertools.product(modes, SIZES, LAYOUTS))
+        drawn = draw.choice(rest) if index % every == 0 else None
+        for mode, size, layout in rest:
+            words = [f"{k}={v}" if isinstance(v, bool) else v for k, v in options.items()]
+            name = "-".join([*words, mode, "x".join(map(str, size)), layout])
+            slow = () if (mode, size, layout) == drawn else pytest.mark.slow
+            cases.append(pytest.param(options, mode, size, layout, id=name, marks=slow))
+    return pytest.mark.parametrize(("options", "mode", "size", "layout"), cases)
+
+
+@matrix(every=1)
+def test_float64(options, mode, size, layout):
+    x = random(2, 3, *size, dtype=torch.float64)
+    plain, fast = double_pair(**options, mode=mode)
+    expected = step(*laid_out(plain, x, layout))
+    for backend in ("reference", "cpu"):
+        with fastunet.backend(backend):
+            assert_same_step(step(*laid_out(fast, x, layout)), expected)
+
+
+def assert_as_accurate(options, mode, size, layout, autocast=None, seeds=2):
+    """At most twice plain PyTorch's distance from float64, in each tensor over some seeds.
+
+    Where plain PyTorch is by luck closer in a tensor than in others of its kind, the distance
+    that is usual for that kind counts.
+    """
+    mine, plains = [], []
+    for seed in range(seeds):
+        plain, fast = pair(seed=seed, **options)
+        x = random(2, 3, *size, seed=100 + seed)
+        exact, x_exact = laid_out(to_mode(plain, mode), x, layout)
+        exact = step(exact.double(), x_exact.double())
+        steps = [step(*laid_out(to_mode(m, mode), x, layout), autocast) for m in (fast, plain)]
+        for name, t in steps[1].items():
+            assert (steps[0][name].dtype, steps[0][name].stride()) == (t.dtype, t.stride()), name
+        mine.append(distances(steps[0], exact))
+        plains.append(distances(steps[1], exact))
+
+    def rms(values):
+        values = list(values)
+        return (sum(v * v for v in values) / len(values)) ** 0.5
+
+    usual = {
+        k: rms(d for each in plains for name, d in each.items() if kind(name) == k)
+        for k in set(map(kind, plains[0]))
+    }
+    far = {}
+    for name in mine[0]:
+        distance = rms(each[name] for each in mine)
+        budget = 2 * max(rms(each[name] for each in plains), usual[kind(name)]) + 1e-6
+        if not distance <= budget:
+            far[name] = f"{distance:.2e} > {budget:.2e}"
+    assert not far, f"further from float64 than twice plain PyTorch: {far}"
+
+
+@matrix(every=1)
+def test_float32(options, mode, size, layout):
+    assert_as_accurate(options, mode, size, layout)
+
+
+@matrix(every=3)
+def test_bfloat16_autocast(options, mode, size, layout):
+    assert_as_accurate(options, mode, size, layout, torch.bfloat16, seeds=4)
+
+
+configurations = st.fixed_dictionaries(
+    {
+        "n_channels": st.integers(1, 4),
+        "n_classes": st.integers(1, 10),
+        "bilinear": st.booleans(),
+        "base_channels": st.integers(2, 7),
+        "depth": st.integers(1, 3),
+        "norm": st.sampled_from(NORMS),
+        "activation": st.sampled_from(ACTIVATIONS),
+        "negative_slope": st.sampled_from([0.01, 0.3, 1.0, 1.5, -0.5]),
+        "conv_bias": st.booleans(),
+        "concat_order": st.sampled_from(CONCAT_ORDERS),
+        "checkpointing": st.sampled_from(["none", "none", "full"]),
+    }
+)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    configurations,
+    st.sampled_from(MODES),
+    st.integers(1, 3),
+    st.integers(0, 9),
+    st.integers(0, 9),
+    st.sampled_from(LAYOUTS),
+)
+def test_random_configurations(options, mode, batch, more_height, more_width, layout):
+    least = 2 ** options["depth"]
+    size = least + more_height, least + more_width
+    x = random(batch, options["n_channels"], *size, dtype=torch.float64)
+    plain, fast = double_pair(**options, mode=mode)
+    try:
+        expected = step(*laid_out(plain, x, layout))
+    except ValueError as error:  # one value per channel
+        with pytest.raises(ValueError, match=r"^Expected more than 1 ") as raised:
+            step(*laid_out(fast, x, layout))
+        assert str(raised.value) == str(error)
+        return
+    assert_same_step(step(*laid_out(fast, x, layout)), expected)
+
+
+@pytest.fixture
+def poisoned():
+    """New tensors are full of NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("bilinear", [False, True], ids=["transposed", "bilinear"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_nothing_uninitialized_is_read(norm, bilinear, mode, autocast, backend, request):
+    model = to_mode(pair(norm=norm, bilinear=bilinear, conv_bias=True, depth=3)[1], mode)
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    x = random(2, 3, 21, 26)
+
+    def run():
+        model.load_state_dict(state)
+        with fastunet.backend(backend):
+            return step(model, x, autocast)
+
+    expected = run()
+    assert all(t.isfinite().all() for t in expected.values())
+    request.getfixturevalue("poisoned")
+    assert_bitwise(run(), expected)
+
+
+@pytest.mark.parametrize("size", [(48, 64), (51, 67)], ids=str)
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_bitwise_over_repeats(norm, autocast, size):
+    """With as many threads as there are: sums must not depend on who comes first."""
+    model = pair(norm=norm, bilinear=True, base_channels=8)[1]
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    x = random(2, 3, *size)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        first = step(model, x, autocast)
+        for _ in range(3):
+            model.load_state_dict(state)
+            assert_bitwise(step(model, x, autocast), first)
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# setup.sh PYTHON VENV: a virtual environment with torch, the tools, and the package built in place.
+#
+# A CUDA build of torch that PYTHON already has is used as it is, with its triton. Otherwise the
+# pinned torch of requirements/cpu.txt is installed.
+set -euo pipefail
+python=$1
+venv=$2
+
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check install -q "$@"; }
+has_cuda_torch() { "$1" -c 'import sys, torch; sys.exit(torch.version.cuda is None)' 2>/dev/null; }
+
+pip 'setuptools>=77' wheel ninja
+if has_cuda_torch "$venv/bin/python"; then
+    : # already seen by an earlier run
+elif has_cuda_torch "$python"; then
+    site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    "$python" -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])' \
+        >"$site/outer-torch.pth"
+else
+    pip -r requirements/cpu.txt
+fi
+# Without isolation: an isolated build would download a torch of its own.
+FASTUNET_CPU=${FASTUNET_CPU:-1} pip --no-build-isolation -e '.[test,lint]'
