@@ -44,10 +44,12 @@ def measure(benchmark: BenchmarkFixture, gated: Gated, setting: Setting):
         benchmark.extra_info.update(phase=case.phase, error=gated.errors[name])
         if not benchmark.disabled:
             benchmark.extra_info.update(memory(contender, setting.device))
-        if setting.device == "cpu":
-            benchmark(contender.run)
-        else:
-            benchmark(lambda: (contender.run(), torch.cuda.synchronize()))
+
+        def synchronized() -> None:
+            contender.run()
+            torch.cuda.synchronize()
+
+        benchmark(contender.run if setting.device == "cpu" else synchronized)
 
     return run
 

@@ -112,6 +112,7 @@ def distance(results: list[Tensor], oracle: list[Tensor]) -> float:
     assert len(results) == len(oracle), f"{len(results)} results, expected {len(oracle)}"
     worst = 0.0
     for result, expected in zip(results, oracle, strict=True):
+        expected = expected.detach()
         difference = result.detach().cpu().double().reshape(expected.shape) - expected
         error = float(difference.norm() / expected.norm())
         if not math.isfinite(error):

@@ -63,8 +63,9 @@ def make(network: Network, phase: str, name: str, setting: Setting) -> Contender
     memory_format = (
         torch.channels_last if name in (CHANNELS_LAST, COMPILED) else torch.contiguous_format
     )
-    place = dict(device=setting.device, dtype=dtype, memory_format=memory_format)
-    model, image, labels = model.to(**place), image.to(**place), labels.to(setting.device)
+    model = model.to(setting.device, dtype).to(memory_format=memory_format)  # type: ignore
+    image = image.to(setting.device, dtype, memory_format=memory_format)
+    labels = labels.to(setting.device)
     parameters = list(model.parameters())
     fixed = [*parameters, *model.buffers()]
     model.train(phase == "step")
@@ -93,9 +94,10 @@ def make(network: Network, phase: str, name: str, setting: Setting) -> Contender
     return Contender(step, record, fixed)
 
 
+def network_case(network: Network, phase: str) -> Case:
+    make_one = functools.partial(make, network, phase)
+    return Case("networks", network.name, phase, FLOORS[phase], make_one, can_compile=True)
+
+
 def network_cases() -> list[Case]:
-    return [
-        Case("networks", n.name, phase, floor, functools.partial(make, n, phase), can_compile=True)
-        for n in NETWORKS
-        for phase, floor in FLOORS.items()
-    ]
+    return [network_case(network, phase) for network in NETWORKS for phase in FLOORS]

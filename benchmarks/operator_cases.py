@@ -25,7 +25,7 @@ from fastunet.activation import (
 )
 from fastunet.ops import conv_norm_act, conv_transpose, head, materialize
 
-from .contest import CHANNELS_LAST, CONTIGUOUS, FASTUNET, ORACLE, Case, Contender, Setting
+from .contest import CHANNELS_LAST, FASTUNET, ORACLE, Case, Contender, Setting
 
 IMAGE, BASES, CLASSES = 256, (16, 64), (2, 21)
 EPS = 1e-5
@@ -131,8 +131,10 @@ def conv_batch(cin: int, cout: int, size: int) -> Problem:
         return F.relu(layer(*inputs), inplace=True)
 
     def fast(x, weight, gamma, beta):
-        norm = dict(norm="batch", gamma=gamma, beta=beta, eps=EPS)
-        return materialize(conv_norm_act(Activation.of(x), weight, slope=0.0, **norm).output)
+        y, *_ = conv_norm_act(
+            Activation.of(x), weight, norm="batch", gamma=gamma, beta=beta, eps=EPS, slope=0.0
+        )
+        return materialize(y)
 
     gamma, beta = normal(1, cout).abs() / 2 + 0.5, normal(2, cout) / 4
     inputs = [normal(0, 1, cin, size, size), weights(9, cout, cin, 3, 3), gamma, beta]
@@ -174,7 +176,6 @@ def logits(channels: int, classes: int, size: int) -> Problem:
 
 
 def make(problem: Callable[[], Problem], phase: str, name: str, setting: Setting) -> Contender:
-    # Moving maps and vectors to the dtype first gives every contender, and the oracle, one input.
     data = problem()
     inputs = [as_input(t, name, setting) for t in data.inputs]
     function = data.fast if name == FASTUNET else data.eager
@@ -199,22 +200,20 @@ def make(problem: Callable[[], Problem], phase: str, name: str, setting: Setting
     def backward() -> list[Tensor]:
         return list(torch.autograd.grad(output, inputs, grad, retain_graph=True))
 
-    return Contender(backward, record, [t for t in inputs if t.size(0) != 1 or t.dim() != 4])
+    return Contender(backward, record, [t for t in inputs if not is_map(t)])
 
 
 def as_input(t: Tensor, name: str, setting: Setting) -> Tensor:
     """A leaf in the contender's layout. Maps are in the compute dtype, parameters in fp32."""
-    is_map = t.dim() == 4 and t.size(0) == 1
-    t = t.detach()
-    if name == ORACLE:
-        t = t.double()
-    elif is_map:
-        t = t.to(setting.dtype)
-    if t.dim() == 4 and (name == CHANNELS_LAST or (name == FASTUNET and is_map)):
+    dtype = setting.dtype if name == ORACLE or is_map(t) else t.dtype
+    t = t.to(setting.device, dtype, copy=True)
+    if t.dim() == 4 and (name == CHANNELS_LAST or (name == FASTUNET and is_map(t))):
         t = t.contiguous(memory_format=torch.channels_last)
-    else:
-        assert name in (CONTIGUOUS, CHANNELS_LAST, FASTUNET, ORACLE), name
-    return t.to(setting.device, copy=True).requires_grad_()
+    return t.requires_grad_()
+
+
+def is_map(t: Tensor) -> bool:
+    return t.dim() == 4 and t.size(0) == 1
 
 
 def problems() -> list[tuple[str, str, Callable[[], Problem]]]:

@@ -65,7 +65,8 @@ def test_demo_writes_its_results(tmp_path):
         (["--output", f"{__file__}/below"], "below cannot be made: Not a directory"),
     ],
 )
-def test_demo_explains_bad_options(options, message):
+def test_demo_explains_bad_options(options, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     outcome = CliRunner().invoke(demo.main, options)
     assert outcome.exit_code == 2
     assert message in outcome.output

@@ -5,7 +5,9 @@ masks and pool winners, so there FastUNet may be at most twice as far from float
 """
 
 import itertools
+import math
 import random as python_random
+from statistics import mean
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from networks import (
     LAYOUTS,
     MODES,
     assert_bitwise,
+    assert_same_layout,
     assert_same_step,
     distances,
     double_pair,
@@ -63,38 +66,37 @@ def test_float64(options, mode, size, layout):
             assert_same_step(step(*laid_out(fast, x, layout)), expected)
 
 
-def assert_as_accurate(options, mode, size, layout, autocast=None, seeds=2):
-    """At most twice plain PyTorch's distance from float64, in each tensor over some seeds.
-
-    Where plain PyTorch is by luck closer in a tensor than in others of its kind, the distance
-    that is usual for that kind counts.
+def assert_as_accurate(options, mode, size, layout, autocast=None, seeds=2, flips=0.0):
+    """At most twice plain PyTorch's distance from float64, over some seeds: logits, gradients and
+    buffers as a whole; and each tensor by itself, where the distance that is usual for its kind
+    counts if plain PyTorch is by luck closer, and ``flips`` is granted to few pixels.
     """
     mine, plains = [], []
     for seed in range(seeds):
-        plain, fast = pair(seed=seed, **options)
+        plain, fast = (to_mode(model, mode) for model in pair(seed=seed, **options))
         x = random(2, 3, *size, seed=100 + seed)
-        exact, x_exact = laid_out(to_mode(plain, mode), x, layout)
-        exact = step(exact.double(), x_exact.double())
-        steps = [step(*laid_out(to_mode(m, mode), x, layout), autocast) for m in (fast, plain)]
-        for name, t in steps[1].items():
-            assert (steps[0][name].dtype, steps[0][name].stride()) == (t.dtype, t.stride()), name
-        mine.append(distances(steps[0], exact))
-        plains.append(distances(steps[1], exact))
+        exact_plain, exact_x = laid_out(plain, x, layout)
+        exact = step(exact_plain.double(), exact_x.double())
+        actual, expected = (step(*laid_out(m, x, layout), autocast) for m in (fast, plain))
+        assert_same_layout(actual, expected)
+        mine.append(distances(actual, exact))
+        plains.append(distances(expected, exact))
 
-    def rms(values):
-        values = list(values)
-        return (sum(v * v for v in values) / len(values)) ** 0.5
+    def over_seeds(found, *names):
+        return math.sqrt(mean(each[name] ** 2 for each in found for name in names))
 
-    usual = {
-        k: rms(d for each in plains for name, d in each.items() if kind(name) == k)
-        for k in set(map(kind, plains[0]))
+    budgets = {}
+    for k in ("logits", "gradients", "buffers"):
+        names = [name for name in exact if kind(name) == k]
+        if names:
+            usual = over_seeds(plains, *names)
+            budgets[tuple(names)] = 2 * usual
+            budgets |= {(n,): 2 * max(usual, over_seeds(plains, n)) + flips for n in names}
+    far = {
+        names: f"{over_seeds(mine, *names):.2e} > {budget:.2e}"
+        for names, budget in budgets.items()
+        if not over_seeds(mine, *names) <= budget + 1e-6
     }
-    far = {}
-    for name in mine[0]:
-        distance = rms(each[name] for each in mine)
-        budget = 2 * max(rms(each[name] for each in plains), usual[kind(name)]) + 1e-6
-        if not distance <= budget:
-            far[name] = f"{distance:.2e} > {budget:.2e}"
     assert not far, f"further from float64 than twice plain PyTorch: {far}"
 
 
@@ -105,7 +107,7 @@ def test_float32(options, mode, size, layout):
 
 @matrix(every=3)
 def test_bfloat16_autocast(options, mode, size, layout):
-    assert_as_accurate(options, mode, size, layout, torch.bfloat16, seeds=4)
+    assert_as_accurate(options, mode, size, layout, torch.bfloat16, seeds=4, flips=0.3)
 
 
 configurations = st.fixed_dictionaries(
@@ -117,7 +119,7 @@ configurations = st.fixed_dictionaries(
         "depth": st.integers(1, 3),
         "norm": st.sampled_from(NORMS),
         "activation": st.sampled_from(ACTIVATIONS),
-        "negative_slope": st.sampled_from([0.01, 0.3, 1.0, 1.5, -0.5]),
+        "negative_slope": st.sampled_from([0.01, 0.3, 1.0, 1.5]),
         "conv_bias": st.booleans(),
         "concat_order": st.sampled_from(CONCAT_ORDERS),
         "checkpointing": st.sampled_from(["none", "none", "full"]),
@@ -139,14 +141,22 @@ def test_random_configurations(options, mode, batch, more_height, more_width, la
     size = least + more_height, least + more_width
     x = random(batch, options["n_channels"], *size, dtype=torch.float64)
     plain, fast = double_pair(**options, mode=mode)
+    error = value_error(*laid_out(plain, x, layout))
+    assert value_error(*laid_out(fast, x, layout)) == error
+    if error is None:
+        assert_same_step(
+            step(*laid_out(fast, x, layout)),
+            step(*laid_out(plain, x, layout)),
+            layouts=max(size) >= 2 * least,  # a map of one pixel is of either layout
+        )
+
+
+def value_error(model, x):
+    """What the forward pass raises where a norm gets one value per channel."""
     try:
-        expected = step(*laid_out(plain, x, layout))
-    except ValueError as error:  # one value per channel
-        with pytest.raises(ValueError, match=r"^Expected more than 1 ") as raised:
-            step(*laid_out(fast, x, layout))
-        assert str(raised.value) == str(error)
-        return
-    assert_same_step(step(*laid_out(fast, x, layout)), expected)
+        model(x)
+    except ValueError as error:
+        return str(error)
 
 
 @pytest.fixture

@@ -39,9 +39,10 @@ void normalization(const Tensor y, const MaybeTensor bias, const MaybeTensor gam
   });
 }
 
-void normalization_bwd(Tensor out, const MaybeTensor dy, const MaybeTensor dscale,
-                       const MaybeTensor dshift, const Tensor y, const Tensor center,
-                       const Tensor scale, const Tensor var, int64_t groups, double eps) {
+void normalization_bwd(Tensor out, Tensor dgamma, Tensor dbeta, const MaybeTensor dy,
+                       const MaybeTensor dscale, const MaybeTensor dshift, const Tensor y,
+                       const Tensor center, const Tensor scale, const Tensor var, int64_t groups,
+                       double eps) {
   dispatch(y.scalar_type(), [&](auto t) {
     using T = decltype(t);
     using A = acc_t<T>;
@@ -52,12 +53,14 @@ void normalization_bwd(Tensor out, const MaybeTensor dy, const MaybeTensor dscal
     const Grouping g = grouping(in.N, C, pixels, groups);
     require(out.numel() == y.numel() && (!dy || dy->numel() == y.numel()),
             "out and dy must have the shape of y, ", shape(y));
-    if (y.numel() == 0) return;
     const int64_t count = g.rows() * C;
     const A* m = rows<const A>(center, count, "center");
-    const NormalizationBwd<A> terms(
-        g, rows<const A>(scale, count, "scale"), rows<const A>(var, count, "var"),
-        rows<const A>(dscale, count, "dscale"), rows<const A>(dshift, count, "dshift"), eps);
+    const A* v = rows<const A>(var, count, "var");
+    const A* ds = rows<const A>(dscale, count, "dscale");
+    const A* db = rows<const A>(dshift, count, "dshift");
+    affine_bwd(g, v, ds, db, eps, rows<A>(dgamma, C, "dgamma"), rows<A>(dbeta, C, "dbeta"));
+    if (y.numel() == 0) return;
+    const NormalizationBwd<A> terms(g, rows<const A>(scale, count, "scale"), v, ds, db, eps);
     const Chunks chunks(in.N, pixels, 1, 1024);
     torch::stable::parallel_for(0, chunks.count(), 4, [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) {
@@ -77,8 +80,10 @@ FASTUNET_KERNEL(normalization,
                 "normalization(Tensor y, Tensor? bias, Tensor? gamma, Tensor? beta, int groups, "
                 "float eps, Tensor(a!) center, Tensor(b!) scale, Tensor(c!) shift, "
                 "Tensor(d!) var) -> ()")
-FASTUNET_KERNEL(normalization_bwd,
-                "normalization_bwd(Tensor(a!) out, Tensor? dy, Tensor? dscale, Tensor? dshift, "
-                "Tensor y, Tensor center, Tensor scale, Tensor var, int groups, float eps) -> ()")
+FASTUNET_KERNEL(
+    normalization_bwd,
+    "normalization_bwd(Tensor(a!) out, Tensor(b!) dgamma, Tensor(c!) dbeta, Tensor? dy, "
+    "Tensor? dscale, Tensor? dshift, Tensor y, Tensor center, Tensor scale, "
+    "Tensor var, int groups, float eps) -> ()")
 
 }  // namespace fastunet

@@ -93,6 +93,7 @@ void finalize(const std::vector<A>& partials, const Chunks& chunks, const Groupi
 // readers formed:
 //   slope = -rstd^2 * sum(scale * dscale) / M,  offset = -sum(scale * dshift) / M
 // with the sums over the channels that share statistics and M values in a statistic.
+//   dgamma = sum over rows of rstd * dscale,  dbeta = sum over rows of dshift
 template <class A>
 struct NormalizationBwd {
   std::vector<A> slope, offset;
@@ -113,6 +114,20 @@ struct NormalizationBwd {
     }
   }
 };
+
+template <class A>
+void affine_bwd(const Grouping& g, const A* var, const A* dscale, const A* dshift, double eps,
+                A* dgamma, A* dbeta) {
+  for (int64_t c = 0; c < g.C; ++c) {
+    double gamma = 0, beta = 0;
+    for (int64_t i = c; i < g.rows() * g.C; i += g.C) {
+      if (dscale) gamma += dscale[i] / std::sqrt(var[i] + eps);
+      if (dshift) beta += dshift[i];
+    }
+    dgamma[c] = static_cast<A>(gamma);
+    dbeta[c] = static_cast<A>(beta);
+  }
+}
 
 template <class T>
 void normalize_bwd_pixels(const T* dy, const T* y, const acc_t<T>* center, const acc_t<T>* slope,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastunet.activation import Activation
+from fastunet.reference.normalization import affine_bwd
 from fastunet.reference.resample import accumulate_dtype, per_channel
 from fastunet.workspace import release_after_backward, temporary
 
@@ -91,20 +92,18 @@ def conv_norm_act_bwd(
     y: None where the normalisation's backward does not read it (kinds none and frozen).
     """
     release_after_backward()
-    zero = torch.zeros_like(center)
-    dscale = zero if grads.dscale is None else grads.dscale
-    dshift = zero if grads.dshift is None else grads.dshift
-    dgamma = (torch.rsqrt(var + norm.eps) * dscale).sum(0)
-    dbeta = dshift.sum(0)
-    total = grads.dy
     if norm.kind in ("batch", "group"):
         assert y is not None
         groups = norm.groups if norm.kind == "group" else 0
-        out = temporary("gradient", y, y.size(1), (y.size(2), y.size(3)))
-        total = kernels.normalization_bwd(*grads, y, center, scale, var, groups, norm.eps, out)
-    elif total is None:
-        total = zero.new_zeros(output_shape(sources, weight), dtype=sources[0].y.dtype)
-    dbias = dbias_of(norm, bias, dscale, dshift, y, center, scale, var)
+        total = temporary("gradient", y, y.size(1), (y.size(2), y.size(3)))
+        dgamma, dbeta = kernels.normalization_bwd(
+            *grads, y, center, scale, var, groups, norm.eps, total
+        )
+    else:
+        dgamma, dbeta = affine_bwd(grads.dscale, grads.dshift, var, norm.eps)
+        shape = (sources[0].y.size(0), weight.size(0), *sources[0].size)
+        total = sources[0].y.new_zeros(shape) if grads.dy is None else grads.dy
+    dbias = dbias_of(norm, bias, grads, y, center, scale, var)
 
     of_sources = [SourceGrads() for _ in sources]
     dweight = None
@@ -127,8 +126,7 @@ def conv_norm_act_bwd(
 def dbias_of(
     norm: Norm,
     bias: Tensor | None,
-    dscale: Tensor,
-    dshift: Tensor,
+    grads: SourceGrads,
     y: Tensor | None,
     center: Tensor,
     scale: Tensor,
@@ -136,12 +134,14 @@ def dbias_of(
 ) -> Tensor:
     """The gradient of the convolution's bias, [C]: exactly zero where statistics cancel it."""
     channels = center.size(1)
+    cancels = norm.kind == "batch" or (norm.kind == "group" and norm.groups == channels)
+    if bias is None or cancels or (grads.dscale is None and grads.dshift is None):
+        return center.new_zeros(channels)
+    dscale, dshift = (torch.zeros_like(scale) if t is None else t for t in grads[1:])
     if norm.kind == "none":
         return dshift.sum(0)
     if norm.kind == "frozen":
         return (scale * dshift).sum(0)
-    if bias is None or norm.kind == "batch" or norm.groups == channels:
-        return center.new_zeros(channels)
     # GroupNorm: the bias moves y itself, and the group's statistics with every other channel.
     assert y is not None
     n, pixels = y.size(0), y.size(2) * y.size(3)
@@ -151,7 +151,8 @@ def dbias_of(
     slope = -(scale * dscale).view(each).sum(2, keepdim=True) / count
     offset = -(scale * dshift).view(each).sum(2, keepdim=True) / count
     slope, offset = (t.expand(each).reshape(n, channels) for t in (slope, offset))
-    return (scale * dshift + slope / (var + norm.eps) * deviation + offset * pixels).sum(0)
+    terms = scale * dshift + slope / (var + norm.eps) * deviation + offset * pixels
+    return terms.sum(0)
 
 
 def conv_transpose(
@@ -206,10 +207,6 @@ def placeholder(sources: Sequence[Activation]) -> Tensor:
     """An uninitialised map of the convolution's input's size."""
     channels = sum(s.y.size(1) for s in sources)
     return temporary("input", sources[0].y, channels, sources[0].size)
-
-
-def output_shape(sources: Sequence[Activation], weight: Tensor) -> tuple[int, ...]:
-    return (sources[0].y.size(0), weight.size(0), *sources[0].size)
 
 
 def convolution(x: Tensor, weight: Tensor) -> Tensor:

@@ -69,6 +69,16 @@ def check_oracle(case, dtype=torch.float32):
         assert_within(got, want, FP64_BUDGET if dtype == torch.float64 else FP32_BUDGET)
 
 
+def check_autocast(case):
+    """fp32 tensors under autocast: 16-bit maps, gradients in the dtypes of the inputs."""
+    tensors = case.tensors()
+    with torch.autocast("cpu", torch.bfloat16):
+        got, plain = evaluate(case.fast, tensors), evaluate(case.plain, tensors)
+    assert got["out"].dtype == torch.bfloat16
+    assert all(got[f"d{name}"].dtype == t.dtype for name, t in tensors.items() if f"d{name}" in got)
+    assert_no_worse(got, plain, oracle(case, tensors), torch.finfo(torch.bfloat16).eps)
+
+
 def check_empty(case):
     """No samples: empty maps, zero sums."""
     for name, t in evaluate(case.fast, case.tensors()).items():
@@ -175,12 +185,14 @@ EXPANSIONS = {
 
 
 def check_input_layout(case, layout):
+    """Bitwise the same from maps in another layout."""
     tensors = case.tensors()
     other = {k: LAYOUTS[layout](t) if k.startswith("y") else t for k, t in tensors.items()}
     assert_identical(evaluate(case.fast, other), evaluate(case.fast, tensors))
 
 
-def check_gradient_layout(case, layout):
+def check_gradient_layout(case, layout, budget=0):
+    """The same from gradients in another layout."""
     tensors = case.tensors()
     if layout in LAYOUTS:
         dense, other = torch.randn_like, lambda x: LAYOUTS[layout](torch.randn_like(x))
@@ -190,4 +202,4 @@ def check_gradient_layout(case, layout):
     for cotangent in (dense, other):
         torch.manual_seed(0)
         results.append(evaluate(case.fast, tensors, cotangent))
-    assert_identical(*results)
+    assert_within(*results, budget)

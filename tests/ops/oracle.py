@@ -1,8 +1,8 @@
 """What the operators must compute, in plain differentiable PyTorch.
 
 A case knows its tensors, the operator under test (``fast``) and the definition (``plain``). The
-definition runs in any dtype: in float64 it is the oracle, in 16 bit it is what the error of a 16-bit
-operator is measured against. Nothing here uses the package's own definitions.
+definition runs in any dtype: in float64 it is the oracle, in 16 bit it is what a 16-bit operator's
+error is measured against. Nothing here uses the package's own definitions.
 """
 
 from typing import NamedTuple
@@ -187,7 +187,9 @@ class Conv(NamedTuple):
         channels = sum(s.channels for s in self.sources)
         std = (9 * channels) ** -0.5
         t["weight"] = random(self.out_channels, channels, 3, 3, seed=11, dtype=dtype, scale=std)
-        for i, name in enumerate(self.parameters):
+        # gamma and beta of no normalisation would be unused.
+        names = [n for n in self.parameters if self.norm != "none" or n == "bias"]
+        for i, name in enumerate(names):
             t[name] = random(self.out_channels, seed=12 + i, dtype=vector_dtype(dtype))
         if self.norm == "frozen":
             t["running_mean"] = random(self.out_channels, seed=15, dtype=vector_dtype(dtype))
@@ -196,35 +198,36 @@ class Conv(NamedTuple):
             )
         return t
 
-    def layer(
-        self, weight, bias=None, gamma=None, beta=None, running_mean=None, running_var=None, **t
-    ):
+    def layer(self, **t):
         activations = [s.activation(t, str(i)) for i, s in enumerate(self.sources)]
+        return self.of(*activations, **parameters_of(t))
+
+    def of(self, *activations, weight, **parameters):
         return conv_norm_act(
             Concat(*activations) if len(activations) == 2 else activations[0],
             weight,
-            bias,
             norm=self.norm,
-            gamma=gamma,
-            beta=beta,
-            running_mean=running_mean,
-            running_var=running_var,
             groups=self.groups or 1,
             eps=self.eps,
             slope=self.slope,
+            **parameters,
         )
 
     def fast(self, **t):
         return materialize(self.layer(**t).output)
 
-    def plain(
-        self, weight, bias=None, gamma=None, beta=None, running_mean=None, running_var=None, **t
+    def plain(self, **t):
+        maps = [s.plain(t, str(i)) for i, s in enumerate(self.sources)]
+        return self.plain_of(torch.cat(maps, 1), **parameters_of(t))
+
+    def plain_of(
+        self, x, weight, bias=None, gamma=None, beta=None, running_mean=None, running_var=None
     ):
-        x = torch.cat([s.plain(t, str(i)) for i, s in enumerate(self.sources)], 1)
         cancelled = self.norm == "batch" or self.groups == self.out_channels
-        y = F.conv2d(x, weight, None if cancelled else like(bias, weight), padding=1)
+        bias = like(bias, weight)
+        y = F.conv2d(x, weight, None if cancelled else bias, padding=1)
         if cancelled and bias is not None:
-            y = y + 0 * like(bias, weight)[:, None, None]  # its gradient is exactly zero
+            y = y + 0 * bias[:, None, None]  # its gradient is exactly zero
         if self.norm == "batch":
             y = F.batch_norm(y, None, None, gamma, beta, training=True, eps=self.eps)
         elif self.norm == "frozen":
@@ -232,3 +235,10 @@ class Conv(NamedTuple):
         elif self.norm == "group":
             y = F.group_norm(y, self.groups, gamma, beta, self.eps)
         return plain_activation(y, self.slope)
+
+
+PARAMETERS = ("weight", "bias", "gamma", "beta", "running_mean", "running_var")
+
+
+def parameters_of(tensors):
+    return {name: t for name, t in tensors.items() if name in PARAMETERS}

@@ -32,8 +32,11 @@ def normalization_bwd(
     groups: int,
     eps: float,
     out: Tensor,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     if dy is not None:
         dy = dy.contiguous(memory_format=torch.channels_last)
-    kernels().normalization_bwd(out, dy, dscale, dshift, y, center, scale, var, groups, eps)
-    return out
+    dgamma, dbeta = (center.new_empty(center.size(1)) for _ in range(2))
+    kernels().normalization_bwd(
+        out, dgamma, dbeta, dy, dscale, dshift, y, center, scale, var, groups, eps
+    )
+    return dgamma, dbeta

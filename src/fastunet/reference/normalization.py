@@ -53,9 +53,10 @@ def normalization_bwd(
     groups: int,
     eps: float,
     out: Tensor,
-) -> Tensor:
-    """The gradient of y: what its readers returned at fixed center, scale and shift, plus what
-    flows through the statistics; written to out. dshift stands for -dcenter / scale."""
+) -> tuple[Tensor, Tensor]:
+    """Writes to ``out`` the gradient of y: what its readers returned at fixed center, scale and
+    shift, plus what flows through the statistics (dshift stands for -dcenter / scale).
+    Returns dgamma, dbeta, [C]."""
     gamma = scale * torch.sqrt(var + eps)
 
     def statistics(t: Tensor) -> Tensor:
@@ -72,4 +73,14 @@ def normalization_bwd(
     t = y.to(scale.dtype) - per_channel(center)
     (through,) = gradients(statistics, [t], torch.ones((), dtype=scale.dtype, device=y.device))
     total = through if dy is None else through + dy
-    return out.copy_(total)
+    out.copy_(total)
+    return affine_bwd(dscale, dshift, var, eps)
+
+
+def affine_bwd(
+    dscale: Tensor | None, dshift: Tensor | None, var: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """dgamma, dbeta: scale = gamma / sqrt(var + eps), shift = beta."""
+    zero = var.new_zeros(var.size(1))
+    dgamma = zero if dscale is None else (dscale * torch.rsqrt(var + eps)).sum(0)
+    return dgamma, zero.clone() if dshift is None else dshift.sum(0)
