@@ -13,8 +13,9 @@ from fastunet.memory import measure_allocations, saved_for_backward
 CONTIGUOUS, CHANNELS_LAST, COMPILED = "eager contiguous", "eager channels_last", "compile"
 FASTUNET, ORACLE = "fastunet", "float64"
 EAGER = (CONTIGUOUS, CHANNELS_LAST)
-# An eager result this far from float64 (relative L2) means that the case itself is broken.
-BROKEN = 0.3
+# Nothing this far from float64 passes, whatever eager's error. Through a whole network in 16 bit
+# eager's gradients are 0.3 to 0.5 off: there the gate finds blunders, the operators' gates the rest.
+MOST = {torch.float32: 0.1, torch.bfloat16: 0.9}
 
 
 @dataclass(frozen=True)
@@ -97,28 +98,27 @@ def gate(case: Case, setting: Setting) -> Gated:
         contenders[name] = case.make(name, setting)
         errors[name] = distance(contenders[name].run(), oracle)
     eager = max(errors[name] for name in EAGER)
-    allowed = min(BROKEN, max(case.floor, 2 * eager))
+    allowed = min(MOST[setting.dtype], max(case.floor, 2 * eager))
     for name, error in errors.items():
         if not error <= allowed:
             raise GateError(
-                f"{case.id}: {name} is {error:.2g} from float64 (relative L2 of the worst tensor), "
+                f"{case.id}: {name} is {error:.2g} from float64 (relative L2), "
                 f"allowed is {allowed:.2g}; eager PyTorch is {eager:.2g} from it"
             )
     return Gated(contenders, errors)
 
 
 def distance(results: list[Tensor], oracle: list[Tensor]) -> float:
-    """The worst tensor's relative L2 distance; not finite where a result is not."""
+    """Relative L2 distance, root mean square over the tensors; infinite where a result is not
+    finite."""
     assert len(results) == len(oracle), f"{len(results)} results, expected {len(oracle)}"
-    worst = 0.0
+    squares = []
     for result, expected in zip(results, oracle, strict=True):
         expected = expected.detach()
         difference = result.detach().cpu().double().reshape(expected.shape) - expected
-        error = float(difference.norm() / expected.norm())
-        if not math.isfinite(error):
-            return math.inf
-        worst = max(worst, error)
-    return worst
+        squares.append(float(difference.norm() / expected.norm()) ** 2)
+    error = math.sqrt(sum(squares) / len(squares))
+    return error if math.isfinite(error) else math.inf
 
 
 def memory(contender: Contender, device: str) -> dict[str, int | None]:

@@ -143,12 +143,14 @@ def test_random_configurations(options, mode, batch, more_height, more_width, la
     plain, fast = double_pair(**options, mode=mode)
     error = value_error(*laid_out(plain, x, layout))
     assert value_error(*laid_out(fast, x, layout)) == error
-    if error is None:
-        assert_same_step(
-            step(*laid_out(fast, x, layout)),
-            step(*laid_out(plain, x, layout)),
-            layouts=max(size) >= 2 * least,  # a map of one pixel is of either layout
-        )
+    if error is not None:
+        return
+    actual = step(*laid_out(fast, x, layout))
+    # PyTorch 2.13's InstanceNorm has a wrong backward for one channels_last image: the reference
+    # for values is contiguous. A map of one pixel, and what follows from it, is of either layout.
+    assert_same_step(actual, step(plain, x), layouts=False)
+    if max(size) >= 2 * least:
+        assert_same_layout(actual, step(*laid_out(plain, x, layout)))
 
 
 def value_error(model, x):

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "common/huge_pages.h"
 #include "common/source.h"
 
 namespace fastunet {
@@ -67,6 +68,14 @@ Map<T> dense_map(const Tensor& t, const char* name) {
                              (m.N == 1 || m.sn == m.H * m.W * m.C)),
           name, " must be channels_last without gaps");
   return {m.data, m.N, m.C, m.H, m.W, m.H * m.W * m.C, m.W * m.C, m.C};
+}
+
+// A map that is about to be written, and may have been allocated just now.
+template <class T>
+Map<T> output_map(const Tensor& t, const char* name) {
+  const Map<T> m = map<T>(t, name);
+  prefer_huge_pages(m.data, m.N * m.sn * sizeof(T));
+  return m;
 }
 
 // Contiguous values per row and channel, [rows, C] (or [C]); null where there is none.

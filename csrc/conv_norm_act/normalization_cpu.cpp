@@ -48,6 +48,7 @@ void normalization_bwd(Tensor out, Tensor dgamma, Tensor dbeta, const MaybeTenso
     using A = acc_t<T>;
     const Map<const T> in = dense_map<const T>(y, "y");
     const Map<T> to = dense_map<T>(out, "out");
+    prefer_huge_pages(to.data, out.numel() * sizeof(T));
     const T* from = dy ? dense_map<const T>(*dy, "dy").data : nullptr;
     const int64_t pixels = in.H * in.W, C = in.C;
     const Grouping g = grouping(in.N, C, pixels, groups);

@@ -59,7 +59,7 @@ void head_bwd(MaybeTensor dy, MaybeTensor dscale, MaybeTensor dshift, Tensor dwe
     const Logits<const T> from = logits_view<const T>(dlogits, s.y, K);
     Map<T> to{};
     if (dy) {
-      to = map<T>(*dy, "dy");
+      to = output_map<T>(*dy, "dy");
       require(to.N == s.y.N && to.C == C && to.H == s.y.H && to.W == s.y.W,
               "dy must have the shape of y, got ", shape(*dy), " for ", shape(y));
     }

@@ -30,7 +30,7 @@ void resample(Tensor out, const Tensor y, const Tensor center, const Tensor scal
   dispatch(y.scalar_type(), [&](auto t) {
     using T = decltype(t);
     const Source<T> s = source<T>(y, center, scale, shift, slope);
-    const Map<T> to = map<T>(out, "out");
+    const Map<T> to = output_map<T>(out, "out");
     require(to.N == s.y.N && to.C == s.y.C, "out must have the source's samples and channels, got ",
             shape(out), " for ", shape(y));
     if (out.numel() == 0) return;
@@ -51,7 +51,7 @@ void resample_bwd(Tensor dy, MaybeTensor dscale, MaybeTensor dshift, const Tenso
     using T = decltype(t);
     using A = acc_t<T>;
     const Source<T> s = source<T>(y, center, scale, shift, slope);
-    const Map<T> to = map<T>(dy, "dy");
+    const Map<T> to = output_map<T>(dy, "dy");
     const Map<const T> from = map<const T>(dz, "dz");
     require(to.N == s.y.N && to.C == s.y.C && to.H == s.y.H && to.W == s.y.W,
             "dy must have the shape of y, got ", shape(dy), " for ", shape(y));

@@ -1,8 +1,8 @@
 """conv_norm_act and conv_transpose from PyTorch's own convolution and a backend's kernels.
 
 ``kernels`` is a backend module: resample, resample_bwd, normalization, normalization_bwd. The
-sources are materialised into one temporary map and again in backward: nothing but the
-convolutions' outputs is ever saved.
+sources are materialised into a temporary map, and again in backward: nothing but the convolutions'
+outputs is ever saved.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,6 @@ from torch import Tensor
 from fastunet.activation import Activation
 from fastunet.reference.normalization import affine_bwd
 from fastunet.reference.resample import accumulate_dtype, per_channel
-from fastunet.workspace import release_after_backward, temporary
 
 Size = tuple[int, int]
 
@@ -91,11 +90,10 @@ def conv_norm_act_bwd(
     grads: of y, scale and shift, each None where it is zero. needs: weight, then each source.
     y: None where the normalisation's backward does not read it (kinds none and frozen).
     """
-    release_after_backward()
     if norm.kind in ("batch", "group"):
         assert y is not None
         groups = norm.groups if norm.kind == "group" else 0
-        total = temporary("gradient", y, y.size(1), (y.size(2), y.size(3)))
+        total = torch.empty_like(y)
         dgamma, dbeta = kernels.normalization_bwd(
             *grads, y, center, scale, var, groups, norm.eps, total
         )
@@ -105,21 +103,20 @@ def conv_norm_act_bwd(
         total = sources[0].y.new_zeros(shape) if grads.dy is None else grads.dy
     dbias = dbias_of(norm, bias, grads, y, center, scale, var)
 
-    of_sources = [SourceGrads() for _ in sources]
-    dweight = None
-    if any(needs):
-        need_weight, *need_sources = needs
-        # Built again only for dweight; the data gradient reads the size alone.
-        x = gather(kernels, sources) if need_weight else placeholder(sources)
-        dx, dweight = convolution_bwd(total, x, weight, any(need_sources), need_weight)
-        channel = 0
-        for i, source in enumerate(sources):
-            channels = source.y.size(1)
-            if need_sources[i]:
-                assert dx is not None
-                part = dx.narrow(1, channel, channels)
-                of_sources[i] = SourceGrads(*kernels.resample_bwd(source, part))
-            channel += channels
+    # Source by source, so that neither the concatenation nor its gradient exists.
+    dweights, of_sources, channel = [], [], 0
+    need_weight, *need_sources = needs
+    for source, need_source in zip(sources, need_sources, strict=True):
+        part = weight.narrow(1, channel, source.y.size(1))
+        channel += source.y.size(1)
+        if need_weight:
+            dweights.append(conv_weight_grad(total, gather(kernels, [source]), part))
+        grads_of_source = SourceGrads()
+        if need_source:
+            dx = conv_input_grad(kernels, total, part)
+            grads_of_source = SourceGrads(*kernels.resample_bwd(source, dx))
+        of_sources.append(grads_of_source)
+    dweight = like_parameter(torch.cat(dweights, 1), weight) if need_weight else None
     return dweight, dbias, dgamma, dbeta, of_sources
 
 
@@ -170,9 +167,8 @@ def conv_transpose_bwd(
     kernels: ModuleType, dy: Tensor, source: Activation, needs: Sequence[bool], weight: Tensor
 ) -> tuple[Tensor | None, Tensor, SourceGrads]:
     """dweight, dbias and the source's gradients; needs: weight, source."""
-    release_after_backward()
     need_weight, need_source = needs
-    x = gather(kernels, [source]) if need_weight else placeholder([source])
+    x = gather(kernels, [source])
     dx, dweight, dbias = torch.ops.aten.convolution_backward(
         dy.contiguous(memory_format=torch.channels_last),
         x,
@@ -194,8 +190,13 @@ def gather(kernels: ModuleType, sources: Sequence[Activation]) -> Tensor:
     """The convolution's input, channels_last: the sources' maps side by side."""
     if len(sources) == 1 and not sources[0].pending:
         return sources[0].y.contiguous(memory_format=torch.channels_last)
-    x = placeholder(sources)
-    channel = 0
+    y, channel = sources[0].y, 0
+    x = torch.empty(
+        (y.size(0), sum(s.y.size(1) for s in sources), *sources[0].size),
+        dtype=y.dtype,
+        device=y.device,
+        memory_format=torch.channels_last,
+    )
     for source in sources:
         channels = source.y.size(1)
         kernels.resample(source, out=x.narrow(1, channel, channels))
@@ -203,40 +204,35 @@ def gather(kernels: ModuleType, sources: Sequence[Activation]) -> Tensor:
     return x
 
 
-def placeholder(sources: Sequence[Activation]) -> Tensor:
-    """An uninitialised map of the convolution's input's size."""
-    channels = sum(s.y.size(1) for s in sources)
-    return temporary("input", sources[0].y, channels, sources[0].size)
-
-
 def convolution(x: Tensor, weight: Tensor) -> Tensor:
     """3x3, padding 1, without bias; the result is channels_last."""
-    x, weight = favoured_layout(x, x, weight)
+    (x,) = favoured_layout(weight, x)
     y = torch.ops.aten.convolution(x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
     return y.contiguous(memory_format=torch.channels_last)
 
 
-def convolution_bwd(
-    dy: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool
-) -> tuple[Tensor | None, Tensor | None]:
+def conv_input_grad(kernels: ModuleType, dy: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of the convolution's input, channels_last."""
+    channels = weight.size(1)
+    low = weight.to(dy.dtype)
+    if low.numel() < dy.numel():
+        # A convolution with the weight turned around. convolution_backward does the same, but it
+        # wants the input in memory, although it does not read it.
+        return convolution(dy, kernels.turn_weight(low))
+    unread = dy.new_empty((dy.size(0), channels, dy.size(2), dy.size(3)))
+    dy, unread = favoured_layout(low, dy, unread)
+    dx = torch.ops.aten.convolution_backward(
+        dy, unread, low, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, False, False]
+    )[0]
+    return dx.contiguous(memory_format=torch.channels_last)
+
+
+def conv_weight_grad(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     low = weight.to(x.dtype)
-    dy, x, low = favoured_layout(x, dy, x, low)
-    dx, dweight, _ = torch.ops.aten.convolution_backward(
-        dy,
-        x,
-        low,
-        None,
-        [1, 1],
-        [1, 1],
-        [1, 1],
-        False,
-        [0, 0],
-        1,
-        [need_x, need_weight, False],
-    )
-    if dx is not None:
-        dx = dx.contiguous(memory_format=torch.channels_last)
-    return dx, like_parameter(dweight, weight)
+    dy, x = favoured_layout(low, dy, x)
+    return torch.ops.aten.convolution_backward(
+        dy, x, low, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False]
+    )[1]
 
 
 def like_parameter(grad: Tensor | None, parameter: Tensor) -> Tensor | None:
@@ -248,17 +244,19 @@ def like_parameter(grad: Tensor | None, parameter: Tensor) -> Tensor | None:
     return torch.empty_like(parameter).copy_(grad)
 
 
-def favoured_layout(x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """The memory format in which PyTorch's convolution is fastest, on the CPU.
+def favoured_layout(weight: Tensor, *maps: Tensor) -> tuple[Tensor, ...]:
+    """The maps in the memory format in which PyTorch's convolution is fastest.
 
     Channels_last, but where the weight is larger than the maps (the deepest levels) oneDNN is up
     to 4x faster on contiguous maps, and converting those costs next to nothing.
     """
-    weight = tensors[-1]
-    maps = x.numel() // max(1, x.size(1)) * (weight.size(0) + weight.size(1))
-    deep = x.device.type == "cpu" and weight.numel() > 2 * maps
+    pixels = maps[0].numel() // max(1, maps[0].size(1))
+    deep = (
+        weight.device.type == "cpu"
+        and weight.numel() > 2 * (weight.size(0) + weight.size(1)) * pixels
+    )
     memory_format = torch.contiguous_format if deep else torch.channels_last
-    return tuple(t.contiguous(memory_format=memory_format) for t in tensors)
+    return tuple(t.contiguous(memory_format=memory_format) for t in maps)
 
 
 def as_dtype(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -1,4 +1,8 @@
-"""Every operator is tested on every backend, the compiled one in each of its builds."""
+"""Which implementation serves a test.
+
+``backend``: both backends; ``compiled``: the kernels as this processor gets them; ``build``: each
+build of them; ``implementation``: all of these, for what arithmetic alone could break.
+"""
 
 import pytest
 import torch
@@ -22,6 +26,16 @@ def use_build(build, monkeypatch):
     monkeypatch.setattr(extension, "load", lambda: (build, ""))
 
 
+@pytest.fixture
+def compiled():
+    """The backend ``cpu`` in the build that this processor gets."""
+    built, why = extension.load()
+    if built is None:
+        pytest.skip(f"the compiled kernels are missing: {why}")
+    with fastunet.backend("cpu"):
+        yield built
+
+
 @pytest.fixture(params=BUILDS)
 def build(request, monkeypatch):
     use_build(request.param, monkeypatch)
@@ -29,8 +43,16 @@ def build(request, monkeypatch):
         yield request.param
 
 
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request):
+    if request.param == "cpu" and extension.load()[0] is None:
+        pytest.skip(f"the compiled kernels are missing: {extension.load()[1]}")
+    with fastunet.backend(request.param):
+        yield request.param
+
+
 @pytest.fixture(params=["reference", *(f"cpu_{build}" for build in BUILDS)])
-def backend(request, monkeypatch):
+def implementation(request, monkeypatch):
     name, _, build = request.param.partition("_")
     if build:
         use_build(build, monkeypatch)

@@ -233,6 +233,8 @@ class Conv(NamedTuple):
         elif self.norm == "frozen":
             y = F.batch_norm(y, running_mean, running_var, gamma, beta, eps=self.eps)
         elif self.norm == "group":
+            if gamma is None and beta is not None:
+                gamma = torch.ones_like(beta)  # PyTorch's backward needs both or neither
             y = F.group_norm(y, self.groups, gamma, beta, self.eps)
         return plain_activation(y, self.slope)
 

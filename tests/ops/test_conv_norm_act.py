@@ -24,9 +24,11 @@ from checks import (
     check_gradients,
     check_input_layout,
     check_oracle,
+    check_oracles,
     check_poisoned,
     check_registration,
     check_repeats,
+    check_results_stay,
     evaluate,
     oracle,
 )
@@ -85,7 +87,7 @@ def matrix():
     axes = itertools.product(
         NORMS, ("one", "skip_first", "skip_second"), MODES, ("exact", "pad", "crop"), SLOPES
     )
-    for i, (norm, order, mode, placement, slope) in enumerate(axes):
+    for norm, order, mode, placement, slope in axes:
         size = draw.choice([(9, 11), (10, 8), (8, 9)])
         rows = draw.choices(("plain", "one", "each"), k=2)
         channels = draw.choices(CHANNELS, k=2)
@@ -102,13 +104,20 @@ def matrix():
             slope=slope,
         )
         name = f"{norm}-{order}-{MODE_NAMES[mode]}-{placement}-{slope}"
-        yield pytest.param(case, id=name, marks=() if i % 7 == 0 else pytest.mark.slow)
+        yield name, case
 
 
-@pytest.mark.parametrize("case", list(matrix()))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_oracle(backend, case, dtype):
-    check_oracle(case, dtype)
+CASES = dict(matrix())
+
+
+@pytest.mark.parametrize("name", list(CASES)[::7])  # shares no factor with the axes
+def test_oracle(implementation, name):
+    check_oracle(CASES[name])
+
+
+@pytest.mark.slow
+def test_oracle_whole_matrix(implementation):
+    check_oracles(CASES)
 
 
 @st.composite
@@ -151,22 +160,23 @@ def cases(draw):
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-def test_any_chain(backend, case):
+def test_any_chain(implementation, case):
     check_oracle(case, torch.float64)
 
 
 @every_norm
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("mode", [MAX_POOL, BILINEAR], ids=lambda mode: MODE_NAMES[mode])
-def test_half(backend, norm, dtype, mode):
+def test_half(implementation, norm, dtype, mode):
     read = Source(13, mode=mode, placement=(1, -1))
     skip = Source(8, *read.size, rows="each")
-    check_oracle(conv(norm, skip, read, parameters=ALL), dtype)
+    # Without ReLU: rounding flips its masks, and no gradient could be compared.
+    check_oracle(conv(norm, skip, read, parameters=ALL, slope=1.0), dtype)
 
 
 @every_norm
 def test_autocast(backend, norm):
-    check_autocast(conv(norm, Source(8), parameters=ALL))
+    check_autocast(conv(norm, Source(8, rows="plain"), parameters=ALL, slope=1.0))
 
 
 @every_norm
@@ -256,22 +266,23 @@ def test_registration_of_variants(backend, case):
 
 
 @every_norm
-def test_repeats(build, threads, norm):
+def test_repeats(compiled, threads, norm):
     """The convolution's sums are PyTorch's, so the number of threads stays."""
     check_repeats(conv(norm, Source(8, 33, 34), n=3), threads, (1, 1))
 
 
 @pytest.mark.parametrize("groups", [0, 1, 4, 16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_threads_of_normalization(build, threads, groups, dtype):
+def test_threads_of_normalization(compiled, threads, groups, dtype):
     y = channels_last(random(3, 16, 70, 71, dtype=dtype, offset=1))
     results = []
     for count in (1, 2, 1):
         threads(count)
         vectors = cpu.normalization(y, None, None, None, groups, 1e-5)
         center, scale, _, var = vectors
-        dy = cpu.normalization_bwd(y, scale, center, y, center, scale, var, groups, 1e-5)
-        results.append({"dy": dy} | dict(enumerate(vectors)))
+        dy = torch.empty_like(y)
+        affine = cpu.normalization_bwd(y, scale, center, y, center, scale, var, groups, 1e-5, dy)
+        results.append(dict(enumerate((dy, *vectors, *affine))))
     for result in results[1:]:
         assert_identical(result, results[0])
 
@@ -288,7 +299,17 @@ def test_builds_agree(monkeypatch):
 
 
 @every_norm
-def test_poisoned(build, poisoned, norm):
+@pytest.mark.parametrize("rows", ["plain", "one"])
+@pytest.mark.parametrize("sources", [1, 2])
+def test_results_stay(backend, norm, rows, sources):
+    """The raw map too."""
+    case = conv(norm, *[Source(3, rows=rows)] * sources)
+    check_results_stay(case)
+    check_results_stay(RawOutput(case))
+
+
+@every_norm
+def test_poisoned(compiled, poisoned, norm):
     read = Source(13, mode=BILINEAR, placement=(1, 1))
     skip = Source(3, *read.size)
     check_poisoned(conv(norm, skip, read, parameters=ALL), poisoned)
@@ -299,13 +320,15 @@ def test_poisoned(build, poisoned, norm):
 @pytest.mark.parametrize("sources", [1, 2])
 @pytest.mark.parametrize("rows", ["plain", "one"])
 @pytest.mark.parametrize("channels", [1, 13])
-def test_input_layout(build, layout, sources, rows, channels):
-    check_input_layout(conv("batch", *[Source(channels, rows=rows)] * sources), layout)
+def test_input_layout(compiled, layout, sources, rows, channels):
+    # Strides of one channel are ambiguous: PyTorch's convolution may choose another algorithm.
+    budget = 1e-6 * (channels == 1)
+    check_input_layout(conv("batch", *[Source(channels, rows=rows)] * sources), layout, budget)
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, *EXPANSIONS])
 @every_norm
-def test_gradient_layout(build, layout, norm):
+def test_gradient_layout(compiled, layout, norm):
     """Of y itself, as an outside reader of the raw map would send it."""
     case = conv(norm, Source(3))
     raw = RawOutput(case)
@@ -366,34 +389,56 @@ def test_statistics_for_running_averages(backend, bias):
 RATIO = 1e3  # |mean| / std
 
 
+def grouped(t, groups):
+    """[N, C, ...] -> [rows, groups, values that share statistics]; groups = 0: over the batch."""
+    if groups == 0:
+        return t.transpose(0, 1).reshape(1, t.size(1), -1)
+    return t.reshape(t.size(0), groups, -1)
+
+
 @pytest.mark.parametrize("groups", [0, 1, 4, 16])
 @pytest.mark.parametrize("size", [(5, 7), (70, 71)], ids=str)
 def test_large_mean_statistics(backend, groups, size):
-    """No cancellation, neither in the variance nor in the centred form of the gradient."""
-    y = channels_last(random(2, 16, *size, offset=RATIO))
-    kernels = backends.module(backend)
-    center, scale, _, var = kernels.normalization(y, None, None, None, groups, 1e-5)
-    exact = [t.double() for t in (center, scale, var)]
-    rows = {0: y.double().transpose(0, 1).reshape(1, 16, -1)}.get(groups)
-    if rows is None:
-        rows = y.double().view(2, groups, -1)
-    variance = rows.var(2, unbiased=False)
-    if groups:
-        variance = variance.repeat_interleave(16 // groups, 1)
-    torch.testing.assert_close(var.double(), variance, rtol=FP32_BUDGET, atol=0)
+    """The mean to its last digit, and a variance without cancellation.
 
+    That leaves an error of eps * RATIO in the variance; E[x^2] - E[x]^2 has eps * RATIO^2.
+    """
+    y = channels_last(random(2, 16, *size, offset=RATIO))
+    center, scale, _, var = backends.module(backend).normalization(
+        y, None, None, None, groups, 1e-5
+    )
+    values = grouped(y.double(), groups)
+    repeats = center.size(1) // values.size(1)
+    mean, variance = (
+        t.repeat_interleave(repeats, 1) for t in (values.mean(2), values.var(2, unbiased=False))
+    )
+    eps = torch.finfo(torch.float32).eps
+    torch.testing.assert_close(center.double(), mean, rtol=2 * eps, atol=0)
+    torch.testing.assert_close(var.double(), variance, rtol=eps * RATIO, atol=0)
+    torch.testing.assert_close(scale, torch.rsqrt(var + 1e-5), rtol=2 * eps, atol=0)
+
+
+@pytest.mark.parametrize("groups", [0, 1, 4, 16])
+def test_large_mean_in_centred_form(build, groups):
+    """normalization_bwd subtracts the center first: B * y + C would lose eps * RATIO."""
+    y = channels_last(random(2, 16, 9, 7, offset=RATIO))
+    center, scale, _, var = cpu.normalization(y, None, None, None, groups, 1e-5)
     dscale, dshift = random(*scale.shape, seed=1), random(*scale.shape, seed=2)
-    got = kernels.normalization_bwd(None, dscale, dshift, y, center, scale, var, groups, 1e-5)
-    center, scale, var = exact
-    width = 1 if groups == 0 else 16 // groups
-    count = (2 if groups == 0 else width) * size[0] * size[1]
+    got = torch.empty_like(y)
+    cpu.normalization_bwd(None, dscale, dshift, y, center, scale, var, groups, 1e-5, got)
+    center, scale, var, dscale, dshift = (
+        t.double()[:, :, None, None] for t in (center, scale, var, dscale, dshift)
+    )
+    width = 16 // groups if groups else 1
+    count = y.numel() / (scale.numel() / width)
 
     def shared(t):
         return t.view(-1, 16 // width, width).sum(2).repeat_interleave(width, 1)[:, :, None, None]
 
-    slope = -shared(scale * dscale) / (var + 1e-5)[:, :, None, None] / count
-    want = slope * (y - center[:, :, None, None]) - shared(scale * dshift) / count
-    assert_within({"dy": got}, {"dy": want}, FP32_BUDGET)
+    slope = -shared(scale * dscale) / (var + 1e-5) / count
+    want = slope * (y - center) - shared(scale * dshift) / count
+    error = (got - want).norm() / want.norm()
+    assert error <= FP32_BUDGET
 
 
 @pytest.mark.parametrize("norm", ["batch", "group", "instance"])
@@ -415,7 +460,7 @@ def test_large_mean_gradients(backend, norm):
 
 @every_norm
 @pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf")])
-def test_special_values(backend, norm, special):
+def test_special_values(implementation, norm, special):
     """They spread as far as in plain PyTorch: the taps, and the statistics' rows."""
     case = conv(norm, Source(9, 8, 8, MAX_POOL, (1, 0), rows="plain"), parameters=ALL)
     tensors = case.tensors()

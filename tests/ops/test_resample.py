@@ -15,9 +15,11 @@ from checks import (
     check_gradients,
     check_input_layout,
     check_oracle,
+    check_oracles,
     check_poisoned,
     check_registration,
     check_repeats,
+    check_results_stay,
     evaluate,
 )
 from oracle import CHANNELS, MODE_NAMES, MODES, PLACEMENTS, SLOPES, Resample, Source, random
@@ -35,24 +37,29 @@ def matrix():
     sizes = itertools.cycle([(9, 11), (10, 7), (7, 8), (12, 12)])
     channels = itertools.cycle(CHANNELS)
     axes = itertools.product(MODES, PLACEMENTS, SLOPES, ("plain", "one", "each"), (1, 2))
-    for i, (mode, placement, slope, rows, n) in enumerate(axes):
+    for mode, placement, slope, rows, n in axes:
         source = Source(next(channels), *next(sizes), mode, PLACEMENTS[placement], rows, slope)
         name = f"{MODE_NAMES[mode]}-{placement}-{slope}-{rows}-c{source.channels}-n{n}"
-        # 7 has no factor in common with the axes, so each value comes with each other.
-        marks = () if i % 7 == 0 else pytest.mark.slow
-        yield pytest.param(Resample(source, n), id=name, marks=marks)
+        yield name, Resample(source, n)
 
 
-@pytest.mark.parametrize("case", list(matrix()))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_oracle(backend, case, dtype):
-    check_oracle(case, dtype)
+CASES = dict(matrix())
+
+
+@pytest.mark.parametrize("name", list(CASES)[::7])  # shares no factor with the axes
+def test_oracle(implementation, name):
+    check_oracle(CASES[name])
+
+
+@pytest.mark.slow
+def test_oracle_whole_matrix(implementation):
+    check_oracles(CASES)
 
 
 @every_mode
 @every_half
 @pytest.mark.parametrize("rows", ["one", "each"])
-def test_half(backend, mode, dtype, rows):
+def test_half(implementation, mode, dtype, rows):
     check_oracle(Resample(Source(13, mode=mode, placement=(1, -1), rows=rows, slope=0.01)), dtype)
 
 
@@ -105,15 +112,21 @@ def test_registration(backend, case):
 
 
 @every_mode
-def test_threads(build, threads, mode):
+def test_threads(compiled, threads, mode):
     case = Resample(Source(13, 41, 67, mode, (1, -1), "each", 0.01))
     check_repeats(case, threads, (1, 2, 1))
 
 
 @every_mode
+@pytest.mark.parametrize("rows", ["plain", "one"])
+def test_results_stay(backend, mode, rows):
+    check_results_stay(Resample(Source(3, mode=mode, placement=(1, -1), rows=rows)))
+
+
+@every_mode
 @pytest.mark.parametrize("placement", ["pad", "crop"])
 @pytest.mark.parametrize("size", [(9, 11), (8, 6), (1, 1)], ids=str)
-def test_poisoned(build, poisoned, mode, placement, size):
+def test_poisoned(compiled, poisoned, mode, placement, size):
     placement = PLACEMENTS[placement] if size != (1, 1) else (2, 3)
     check_poisoned(Resample(Source(13, *size, mode, placement)), poisoned)
 
@@ -121,14 +134,14 @@ def test_poisoned(build, poisoned, mode, placement, size):
 @every_mode
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("channels", [1, 13])
-def test_input_layout(build, mode, layout, channels):
+def test_input_layout(compiled, mode, layout, channels):
     check_input_layout(Resample(Source(channels, mode=mode, placement=(1, -1))), layout)
 
 
 @every_mode
 @pytest.mark.parametrize("layout", [*LAYOUTS, *EXPANSIONS])
 @pytest.mark.parametrize("channels", [1, 13])
-def test_gradient_layout(build, mode, layout, channels):
+def test_gradient_layout(compiled, mode, layout, channels):
     check_gradient_layout(Resample(Source(channels, mode=mode, placement=(1, -1))), layout)
 
 
@@ -156,7 +169,7 @@ SPECIAL = (float("nan"), float("inf"), -float("inf"))
 @pytest.mark.parametrize("slope", [0.0, 0.01])
 @pytest.mark.parametrize("special", SPECIAL)
 @pytest.mark.parametrize("where", ["corner", "region", "everywhere"])
-def test_special_values(backend, mode, slope, special, where):
+def test_special_values(implementation, mode, slope, special, where):
     """NaN and Inf come out where plain PyTorch has them (0 * Inf included: see PyTorch's taps)."""
     source = Source(9, 5, 6, mode, (1, 1), "one", slope)
     t = source.tensors(2)
@@ -172,7 +185,7 @@ def test_special_values(backend, mode, slope, special, where):
 
 
 @pytest.mark.parametrize("position", range(4))
-def test_pool_of_nan(backend, position):
+def test_pool_of_nan(implementation, position):
     """NaN wins wherever it stands in the window, and it gets the gradient."""
     y = torch.arange(4.0).view(1, 1, 2, 2).repeat(1, 9, 1, 1)
     y.view(1, 9, 4)[:, :, position] = float("nan")

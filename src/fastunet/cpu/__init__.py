@@ -8,8 +8,17 @@ from fastunet import extension
 from .head import head, head_bwd
 from .normalization import normalization, normalization_bwd
 from .resample import resample, resample_bwd
+from .turn_weight import turn_weight
 
-KERNELS = (head, head_bwd, normalization, normalization_bwd, resample, resample_bwd)
+KERNELS = (
+    head,
+    head_bwd,
+    normalization,
+    normalization_bwd,
+    resample,
+    resample_bwd,
+    turn_weight,
+)
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

@@ -10,7 +10,6 @@ from fastunet import backends
 from fastunet.activation import Activation
 from fastunet.composed import as_dtype, like_parameter
 from fastunet.reference.resample import accumulate_dtype
-from fastunet.workspace import release
 
 from ._register import define, differentiable, placeholder_for, refuse_transforms
 from .source import COUNT, FIRST, cast, compute_dtype, fake_source_grads, flatten, unflatten
@@ -62,7 +61,6 @@ def implementation(*args: Any) -> Tensor:
     source = unflatten(args[:COUNT], args[COUNT])
     weight, bias, *_, backend = args[REST:]
     logits = fake(*args)
-    release()  # the last layer of a network: no other will reuse them
     w = matrix(weight, source.y.dtype)
     backends.select(backend, args[0]).head(source, w, as_dtype(bias, w.dtype), logits)
     return logits

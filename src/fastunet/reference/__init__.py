@@ -9,11 +9,20 @@ from torch import Tensor
 from .head import head, head_bwd
 from .normalization import normalization, normalization_bwd
 from .resample import resample, resample_bwd
+from .turn_weight import turn_weight
 from .unet import DoubleConv, Down, OutConv, UNet, Up
 
 __all__ = ["DoubleConv", "Down", "OutConv", "UNet", "Up"]
 
-KERNELS = (head, head_bwd, normalization, normalization_bwd, resample, resample_bwd)
+KERNELS = (
+    head,
+    head_bwd,
+    normalization,
+    normalization_bwd,
+    resample,
+    resample_bwd,
+    turn_weight,
+)
 
 
 def why_not(x: Tensor) -> str:
