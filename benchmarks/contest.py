@@ -14,7 +14,7 @@ CONTIGUOUS, CHANNELS_LAST, COMPILED = "eager contiguous", "eager channels_last",
 FASTUNET, ORACLE = "fastunet", "float64"
 EAGER = (CONTIGUOUS, CHANNELS_LAST)
 # Nothing this far from float64 passes, whatever eager's error. Through a whole network in 16 bit
-# eager's gradients are 0.3 to 0.5 off: there the gate finds blunders, the operators' gates the rest.
+# eager is 0.3 to 0.5 off in its gradients: there the gate finds blunders only.
 MOST = {torch.float32: 0.1, torch.bfloat16: 0.9}
 
 

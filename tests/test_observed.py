@@ -304,12 +304,19 @@ EDITS = {
     "dilated": set_layer(f"{FIRST}.3", conv(padding=2, dilation=2)),
     "depthwise": set_layer(f"{FIRST}.3", conv(groups=4)),
     "1x1": set_layer(f"{FIRST}.3", lambda old: nn.Conv2d(4, 4, 1)),
+    "5x5": set_layer(f"{FIRST}.3", lambda old: nn.Conv2d(4, 4, 5, padding=2)),
+    "transposed 4x4": set_layer(
+        "up2.up", lambda old: nn.ConvTranspose2d(8, 4, 4, stride=2, padding=1)
+    ),
     "norm after activation": norm_after_activation,
     "activation first": activation_first,
     "dropout at the end": append_dropout,
     "three convolutions": three_convolutions,
     "average pool": set_layer("down1.maxpool_conv.0", lambda old: nn.AvgPool2d(2)),
     "pool 3x3": set_layer("down1.maxpool_conv.0", lambda old: nn.MaxPool2d(3, 2, padding=1)),
+    "padded pool": set_layer("down1.maxpool_conv.0", lambda old: nn.MaxPool2d(2, padding=1)),
+    "dilated pool": set_layer("down1.maxpool_conv.0", lambda old: nn.MaxPool2d(2, dilation=2)),
+    "pool by one": set_layer("down1.maxpool_conv.0", lambda old: nn.MaxPool2d(2, stride=1)),
     "ceiling pool": set_layer("down1.maxpool_conv.0", lambda old: nn.MaxPool2d(2, ceil_mode=True)),
     "nearest": set_layer("up2.up", lambda old: nn.Upsample(scale_factor=2)),
     "unaligned bilinear": set_layer(

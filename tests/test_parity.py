@@ -100,7 +100,7 @@ def assert_as_accurate(options, mode, size, layout, autocast=None, seeds=2, flip
     assert not far, f"further from float64 than twice plain PyTorch: {far}"
 
 
-@matrix(every=1)
+@matrix(every=2)
 def test_float32(options, mode, size, layout):
     assert_as_accurate(options, mode, size, layout)
 

@@ -129,9 +129,9 @@ FASTUNET_INLINE A sum_lanes(vec<A> v) {
 // values stay in registers. `lanes` is a compile-time 8 except in the last, partial group.
 template <class F>
 FASTUNET_INLINE void for_tiles(int64_t pixels, int64_t channels, F f) {
-  constexpr int64_t kTile = 32;
-  for (int64_t p = 0; p < pixels; p += kTile) {
-    const int64_t end = p + kTile < pixels ? p + kTile : pixels;
+  const int64_t tile = channels >= 512 ? 2 : channels > 32 ? 1024 / channels : 32;
+  for (int64_t p = 0; p < pixels; p += tile) {
+    const int64_t end = p + tile < pixels ? p + tile : pixels;
     int64_t c = 0;
     for (; c + kLanes <= channels; c += kLanes) f(p, end, c, std::integral_constant<int, kLanes>{});
     if (c < channels) f(p, end, c, static_cast<int>(channels - c));

@@ -1,4 +1,4 @@
-"""conv_norm_act and conv_transpose from PyTorch's own convolution and a backend's kernels.
+"""conv_norm_act from PyTorch's own convolution and a backend's kernels around it.
 
 ``kernels`` is a backend module: resample, resample_bwd, normalization, normalization_bwd. The
 sources are materialised into a temporary map, and again in backward: nothing but the convolutions'
@@ -152,40 +152,6 @@ def dbias_of(
     return terms.sum(0)
 
 
-def conv_transpose(
-    kernels: ModuleType, source: Activation, weight: Tensor, bias: Tensor | None
-) -> Tensor:
-    """The 2x2 stride 2 transposed convolution of a source."""
-    x = gather(kernels, [source])
-    y = torch.ops.aten.convolution(
-        x, weight.to(x.dtype), as_dtype(bias, x.dtype), [2, 2], [0, 0], [1, 1], True, [0, 0], 1
-    )
-    return y.contiguous(memory_format=torch.channels_last)
-
-
-def conv_transpose_bwd(
-    kernels: ModuleType, dy: Tensor, source: Activation, needs: Sequence[bool], weight: Tensor
-) -> tuple[Tensor | None, Tensor, SourceGrads]:
-    """dweight, dbias and the source's gradients; needs: weight, source."""
-    need_weight, need_source = needs
-    x = gather(kernels, [source])
-    dx, dweight, dbias = torch.ops.aten.convolution_backward(
-        dy.contiguous(memory_format=torch.channels_last),
-        x,
-        weight.to(x.dtype),
-        [weight.size(1)],
-        [2, 2],
-        [0, 0],
-        [1, 1],
-        True,
-        [0, 0],
-        1,
-        [need_source, need_weight, True],
-    )
-    of_source = SourceGrads(*kernels.resample_bwd(source, dx)) if need_source else SourceGrads()
-    return like_parameter(dweight, weight), dbias.to(accumulate_dtype(dy.dtype)), of_source
-
-
 def gather(kernels: ModuleType, sources: Sequence[Activation]) -> Tensor:
     """The convolution's input, channels_last: the sources' maps side by side."""
     if len(sources) == 1 and not sources[0].pending:
@@ -206,7 +172,7 @@ def gather(kernels: ModuleType, sources: Sequence[Activation]) -> Tensor:
 
 def convolution(x: Tensor, weight: Tensor) -> Tensor:
     """3x3, padding 1, without bias; the result is channels_last."""
-    (x,) = favoured_layout(weight, x)
+    (x,) = favoured_layout(weight, x, deep=16)
     y = torch.ops.aten.convolution(x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
     return y.contiguous(memory_format=torch.channels_last)
 
@@ -220,7 +186,7 @@ def conv_input_grad(kernels: ModuleType, dy: Tensor, weight: Tensor) -> Tensor:
         # wants the input in memory, although it does not read it.
         return convolution(dy, kernels.turn_weight(low))
     unread = dy.new_empty((dy.size(0), channels, dy.size(2), dy.size(3)))
-    dy, unread = favoured_layout(low, dy, unread)
+    dy, unread = favoured_layout(low, dy, unread, deep=2.5)
     dx = torch.ops.aten.convolution_backward(
         dy, unread, low, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, False, False]
     )[0]
@@ -229,7 +195,7 @@ def conv_input_grad(kernels: ModuleType, dy: Tensor, weight: Tensor) -> Tensor:
 
 def conv_weight_grad(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     low = weight.to(x.dtype)
-    dy, x = favoured_layout(low, dy, x)
+    dy, x = favoured_layout(low, dy, x, deep=2.5)
     return torch.ops.aten.convolution_backward(
         dy, x, low, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False]
     )[1]
@@ -244,18 +210,19 @@ def like_parameter(grad: Tensor | None, parameter: Tensor) -> Tensor | None:
     return torch.empty_like(parameter).copy_(grad)
 
 
-def favoured_layout(weight: Tensor, *maps: Tensor) -> tuple[Tensor, ...]:
+def favoured_layout(weight: Tensor, *maps: Tensor, deep: float) -> tuple[Tensor, ...]:
     """The maps in the memory format in which PyTorch's convolution is fastest.
 
-    Channels_last, but where the weight is larger than the maps (the deepest levels) oneDNN is up
-    to 4x faster on contiguous maps, and converting those costs next to nothing.
+    Channels_last, but on the CPU contiguous where the weight is more than ``deep`` times larger
+    than the maps (the lowest levels of wide networks): there oneDNN is up to 4x faster on
+    contiguous maps, and converting those costs next to nothing.
     """
     pixels = maps[0].numel() // max(1, maps[0].size(1))
-    deep = (
+    contiguous = (
         weight.device.type == "cpu"
-        and weight.numel() > 2 * (weight.size(0) + weight.size(1)) * pixels
+        and weight.numel() > deep * (weight.size(0) + weight.size(1)) * pixels
     )
-    memory_format = torch.contiguous_format if deep else torch.channels_last
+    memory_format = torch.contiguous_format if contiguous else torch.channels_last
     return tuple(t.contiguous(memory_format=memory_format) for t in maps)
 
 

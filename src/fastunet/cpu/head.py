@@ -6,6 +6,7 @@ from torch import Tensor
 from fastunet.activation import Activation
 from fastunet.extension import kernels
 
+from .conv_transpose import as_rows
 from .resample import empty_map, kernel_arguments, resample, resample_bwd
 
 MAX_CLASSES = 8  # kMaxClasses of csrc/head
@@ -16,8 +17,11 @@ def head(source: Activation, weight: Tensor, bias: Tensor | None, out: Tensor) -
         kernels().head(out, *kernel_arguments(source), weight, bias)
         return
     z = resample(source)
-    low_bias = None if bias is None else bias.to(z.dtype)
-    out.copy_(torch.conv2d(z, weight.to(z.dtype)[:, :, None, None], low_bias))
+    logits = torch.mm(as_rows(z), weight.to(z.dtype).T)
+    if bias is not None:
+        logits += bias
+    n, k, h, w = out.shape
+    out.copy_(logits.view(n, h, w, k).permute(0, 3, 1, 2))
 
 
 def head_bwd(
@@ -38,18 +42,12 @@ def head_bwd(
 
 def _head_bwd_gemm(source: Activation, weight: Tensor, dlogits: Tensor, need_source: bool):
     z = resample(source)
-    dz, dweight, dbias = torch.ops.aten.convolution_backward(
-        dlogits,
-        z,
-        weight.to(z.dtype)[:, :, None, None],
-        [weight.size(0)],
-        [1, 1],
-        [0, 0],
-        [1, 1],
-        False,
-        [0, 0],
-        1,
-        [need_source, True, True],
-    )
-    of_source = resample_bwd(source, dz) if need_source else (None, None, None)
-    return *of_source, dweight.view_as(weight).to(weight.dtype), dbias.to(weight.dtype)
+    rows = as_rows(dlogits)
+    dweight = torch.mm(rows.T, as_rows(z)).to(weight.dtype)
+    dbias = rows.sum(0, dtype=weight.dtype)
+    of_source: tuple = (None, None, None)
+    if need_source:
+        n, c, h, w = z.shape
+        dz = torch.mm(rows, weight.to(z.dtype)).view(n, h, w, c).permute(0, 3, 1, 2)
+        of_source = resample_bwd(source, dz)
+    return *of_source, dweight, dbias
