@@ -437,7 +437,11 @@ def test_mismatch_errors(x, message):
     assert len(str(error.value)) < 120
 
 
-@pytest.mark.parametrize("x", [torch.rand(3, 8, 8), torch.rand(1, 4, 8, 8), None, [1]], ids=str)
+@pytest.mark.parametrize(
+    "x",
+    [torch.rand(3, 8, 8), torch.rand(1, 4, 8, 8), None, [1]],
+    ids=["no batch", "channels", "None", "list"],
+)
 def test_input_errors_are_the_references(x):
     plain, fast = pair()
     with pytest.raises(ValueError, match="input must") as expected:

@@ -37,20 +37,23 @@ VARIANTS = [
     for values in itertools.product((False, True), NORMS, ACTIVATIONS, (False, True), CONCAT_ORDERS)
 ]
 SIZES = ((12, 16), (13, 11))
+LARGER = ((32, 40), (37, 29))  # one pool winner counts for less
 
 
-def matrix(every: int):
+def matrix(every: int, sizes=SIZES, layouts=LAYOUTS):
     """All variants, modes, sizes and layouts. Of every ``every``-th variant one case is drawn to
     run by default, the others are slow."""
     draw = python_random.Random(every)
     cases = []
     for index, options in enumerate(VARIANTS):
         modes = MODES if options["norm"] == "batch" else ("train", "eval")
-        rest = list(itertools.product(modes, SIZES, LAYOUTS))
+        rest = list(itertools.product(modes, sizes, layouts))
         drawn = draw.choice(rest) if index % every == 0 else None
         for mode, size, layout in rest:
-            words = [f"{k}={v}" if isinstance(v, bool) else v for k, v in options.items()]
-            name = "-".join([*words, mode, "x".join(map(str, size)), layout])
+            up = "bilinear" if options["bilinear"] else "transposed"
+            words = [up, *list(options.values())[1:3], "bias" if options["conv_bias"] else "plain"]
+            words += [options["concat_order"], mode, "x".join(map(str, size)), layout]
+            name = "-".join(words)
             slow = () if (mode, size, layout) == drawn else pytest.mark.slow
             cases.append(pytest.param(options, mode, size, layout, id=name, marks=slow))
     return pytest.mark.parametrize(("options", "mode", "size", "layout"), cases)
@@ -66,10 +69,13 @@ def test_float64(options, mode, size, layout):
             assert_same_step(step(*laid_out(fast, x, layout)), expected)
 
 
-def assert_as_accurate(options, mode, size, layout, autocast=None, seeds=2, flips=0.0):
+def assert_as_accurate(options, mode, size, layout, autocast=None, seeds=2, winner=1e-6):
     """At most twice plain PyTorch's distance from float64, over some seeds: logits, gradients and
-    buffers as a whole; and each tensor by itself, where the distance that is usual for its kind
-    counts if plain PyTorch is by luck closer, and ``flips`` is granted to few pixels.
+    buffers, each as a whole and each tensor by itself. For a tensor, the distance that is usual
+    for its kind counts where plain PyTorch is by luck closer.
+
+    ``winner`` is what one pool winner that differs may move in all gradients; in the few numbers
+    of one tensor, ten times that.
     """
     mine, plains = [], []
     for seed in range(seeds):
@@ -82,21 +88,20 @@ def assert_as_accurate(options, mode, size, layout, autocast=None, seeds=2, flip
         mine.append(distances(actual, exact))
         plains.append(distances(expected, exact))
 
-    def over_seeds(found, *names):
-        return math.sqrt(mean(each[name] ** 2 for each in found for name in names))
+    def over_seeds(found, names):
+        """Root mean square; a tensor can but be lost, as the sum of a bias that happens to be 0."""
+        return math.sqrt(mean(min(1.0, each[name]) ** 2 for each in found for name in names))
 
-    budgets = {}
+    far = {}
     for k in ("logits", "gradients", "buffers"):
         names = [name for name in exact if kind(name) == k]
-        if names:
-            usual = over_seeds(plains, *names)
-            budgets[tuple(names)] = 2 * usual
-            budgets |= {(n,): 2 * max(usual, over_seeds(plains, n)) + flips for n in names}
-    far = {
-        names: f"{over_seeds(mine, *names):.2e} > {budget:.2e}"
-        for names, budget in budgets.items()
-        if not over_seeds(mine, *names) <= budget + 1e-6
-    }
+        usual = over_seeds(plains, names) if names else 0.0
+        for some in filter(None, (names, *([name] for name in names))):
+            budget = 2 * max(usual, over_seeds(plains, some))
+            budget += winner * (1 if some is names else 10) if k == "gradients" else 1e-6
+            distance = over_seeds(mine, some)
+            if not distance <= budget:
+                far[k if some is names else some[0]] = f"{distance:.2e} > {budget:.2e}"
     assert not far, f"further from float64 than twice plain PyTorch: {far}"
 
 
@@ -105,9 +110,9 @@ def test_float32(options, mode, size, layout):
     assert_as_accurate(options, mode, size, layout)
 
 
-@matrix(every=3)
+@matrix(every=4, sizes=LARGER, layouts=("contiguous", "both"))
 def test_bfloat16_autocast(options, mode, size, layout):
-    assert_as_accurate(options, mode, size, layout, torch.bfloat16, seeds=4, flips=0.3)
+    assert_as_accurate(options, mode, size, layout, torch.bfloat16, seeds=4, winner=0.03)
 
 
 configurations = st.fixed_dictionaries(

@@ -83,8 +83,7 @@ template <class A>
 A* rows(const MaybeTensor& t, int64_t count, const char* name) {
   if (!t) return nullptr;
   require(t->numel() == count, name, " must have ", count, " elements, got ", shape(*t));
-  require(t->dim() < 2 || t->size(0) == 1 || t->size(1) == 1 || t->stride(0) == t->size(1), name,
-          " must be contiguous");
+  require(count == 0 || t->is_contiguous(), name, " must be contiguous");
   return data<A>(*t, name);
 }
 

@@ -47,13 +47,19 @@ class Activation(NamedTuple):
 
     def pool(self) -> "Activation":
         """With a 2x2 max-pool (floor) pending."""
-        h, w = self.size
+        h, w = self.unresampled_size()
         return self._replace(mode=MAX_POOL, size=(h // 2, w // 2))
 
     def upsample(self, mode: int) -> "Activation":
         """With x2 upsampling pending."""
-        h, w = self.size
+        h, w = self.unresampled_size()
         return self._replace(mode=mode, size=(2 * h, 2 * w))
+
+    def unresampled_size(self) -> tuple[int, int]:
+        """(H, W), where no resampling is pending yet: there can be one only."""
+        if self.mode != NONE or self.size != (self.y.size(2), self.y.size(3)):
+            raise ValueError("a resampling or placement is pending already: materialize() it first")
+        return self.size
 
     def place(self, size: tuple[int, int]) -> "Activation":
         """Padded or cropped to (H, W): diff // 2 left and top, the rest right and bottom."""

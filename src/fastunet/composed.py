@@ -90,6 +90,8 @@ def conv_norm_act_bwd(
     grads: of y, scale and shift, each None where it is zero. needs: weight, then each source.
     y: None where the normalisation's backward does not read it (kinds none and frozen).
     """
+    vectors = center.dtype
+    grads = SourceGrads(grads.dy, as_dtype(grads.dscale, vectors), as_dtype(grads.dshift, vectors))
     if norm.kind in ("batch", "group"):
         assert y is not None
         groups = norm.groups if norm.kind == "group" else 0
@@ -227,4 +229,4 @@ def favoured_layout(weight: Tensor, *maps: Tensor, deep: float) -> tuple[Tensor,
 
 
 def as_dtype(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if t is None else t.to(dtype)
+    return None if t is None else t.to(dtype).contiguous()

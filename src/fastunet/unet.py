@@ -34,7 +34,7 @@ class DoubleConv(reference.DoubleConv):
             return super().forward(x)
         layers = conv_layers(self.double_conv)
         if layers is None:
-            return shown(super().forward(materialize(x)), x)
+            return Activation.of(super().forward(materialize(x)))
         for conv, norm, slope in layers:
             x = conv_layer(x, conv, norm, slope)
         return x
@@ -47,10 +47,10 @@ class Down(reference.Down):
         if isinstance(x, Tensor):
             return super().forward(x)
         if not is_plain(self.maxpool_conv, nn.Sequential) or len(self.maxpool_conv) != 2:
-            return shown(super().forward(materialize(x)), x)
+            return Activation.of(super().forward(materialize(x)))
         pool, block = self.maxpool_conv
         if not is_pool2(pool):
-            return shown(super().forward(materialize(x)), x)
+            return Activation.of(super().forward(materialize(x)))
         return call(block, x.pool())
 
 
@@ -109,13 +109,7 @@ def call(block: nn.Module, *inputs):
     """Calls one of our blocks with Activations; a hooked or foreign one with tensors."""
     if type(block) in FAST_BLOCKS and not is_hooked(block):
         return block(*inputs)
-    return shown(block(*map(materialize, inputs)), inputs[0])
-
-
-def shown(z: Tensor, x: Activation | Concat) -> Activation:
-    """The output of a block that ran on tensors, as an Activation."""
-    first = x.first if isinstance(x, Concat) else x
-    return Activation.of(z, first.memory_format)
+    return Activation.of(block(*map(materialize, inputs)))
 
 
 FAST_BLOCKS = (DoubleConv, Down, Up, OutConv)
@@ -204,7 +198,7 @@ def conv_layer(
     else:
         groups = norm.num_groups
         _verify_batch_size([n * c // groups, groups, h, w])
-    return conv_norm_act(
+    output = conv_norm_act(
         x,
         conv.weight,
         conv.bias,
@@ -215,6 +209,9 @@ def conv_layer(
         eps=norm.eps,
         slope=slope,
     ).output
+    if isinstance(norm, nn.InstanceNorm2d):  # PyTorch's returns contiguous maps
+        return output._replace(memory_format=torch.contiguous_format)
+    return output
 
 
 def batch_norm_layer(
@@ -283,4 +280,4 @@ def call_upsample(up: nn.Module, x: Activation) -> Activation:
         and up.groups == 1
     ):
         return conv_transpose(x, up.weight, up.bias)
-    return shown(up(materialize(x)), x)
+    return Activation.of(up(materialize(x)))

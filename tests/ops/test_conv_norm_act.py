@@ -360,6 +360,19 @@ def test_gradients_of_vectors_may_be_expanded(backend, norm):
         assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_kernels_refuse_strided_vectors(compiled, rows):
+    """Read as if they were dense, they would be read out of bounds."""
+    y, groups = channels_last(random(2, 8, 3, 3)), 8 * (rows == 2)
+    center, scale, _, var = cpu.normalization(y, None, None, None, groups, 1e-5)
+    arguments = y, center, scale, var, groups, 1e-5, torch.empty_like(y)
+    for vector in (torch.ones(1, 1).expand(rows, 8), random(rows, 16)[:, ::2]):
+        with pytest.raises(RuntimeError, match="dscale must be contiguous"):
+            cpu.normalization_bwd(y, vector, scale, *arguments)
+    with pytest.raises(RuntimeError, match="gamma must be contiguous"):
+        cpu.normalization(y, None, random(16)[::2], None, groups, 1e-5)
+
+
 @every_norm
 def test_strided_parameters(backend, norm):
     """Every other element of something wider, and a channels_last weight."""
@@ -533,21 +546,39 @@ def test_only_what_is_wanted(backend, norm):
 
 X = Activation.of(random(1, 8, 4, 4))
 WEIGHT = random(4, 8, 3, 3)
+DOUBLE = random(4, 16, 3, 3)  # of two sources
 
 
-@pytest.mark.parametrize(
-    ("error", "message", "call"),
-    [
-        (ValueError, r"weight must be \[Cout, 8, 3, 3\], got \[4, 7, 3, 3\]",
-         lambda: conv_norm_act(X, WEIGHT[:, :7])),
-        (ValueError, r"weight must be \[Cout, 16, 3, 3\], got \[4, 8, 3, 3\]",
-         lambda: conv_norm_act(Concat(X, X), WEIGHT)),
-        (TypeError, "dtype torch.float64, got torch.float32",
-         lambda: conv_norm_act(X, WEIGHT.double())),
-        (TypeError, "device meta, got cpu", lambda: conv_norm_act(X, WEIGHT.to("meta"))),
-    ],
-    ids=["channels", "concat", "dtype", "device"],
-)  # fmt: skip
+ERRORS = {
+    "channels": (ValueError, r"weight must be \[Cout, 8, 3, 3\], got \[4, 7, 3, 3\]",
+                 lambda: conv_norm_act(X, WEIGHT[:, :7])),
+    "concat": (ValueError, r"weight must be \[Cout, 16, 3, 3\], got \[4, 8, 3, 3\]",
+               lambda: conv_norm_act(Concat(X, X), WEIGHT)),
+    "taps": (ValueError, r"weight must be \[Cout, 8, 3, 3\], got \[4, 8, 5, 5\]",
+             lambda: conv_norm_act(X, random(4, 8, 5, 5))),
+    "dtype": (TypeError, r"dtype torch\.float64, got torch\.float32",
+              lambda: conv_norm_act(X, WEIGHT.double())),
+    "second dtype": (TypeError, r"dtype torch\.float32, got torch\.float64",
+                     lambda: conv_norm_act(Concat(X, Activation.of(X.y.double())), DOUBLE)),
+    "device": (TypeError, "device meta, got cpu", lambda: conv_norm_act(X, WEIGHT.to("meta"))),
+    "sizes": (ValueError, r"same samples, height and width, got \[1, 4, 4\] and \[1, 2, 2\]",
+              lambda: conv_norm_act(Concat(X, X.pool()), DOUBLE)),
+    "samples": (ValueError, r"same samples, height and width, got \[2, 4, 4\] and \[1, 4, 4\]",
+                lambda: conv_norm_act(Concat(Activation.of(random(2, 8, 4, 4)), X), DOUBLE)),
+    "norm": (ValueError, "norm must be one of none, frozen, batch, group, got 'instance'",
+             lambda: conv_norm_act(X, WEIGHT, norm="instance")),
+    "frozen": (ValueError, "must have running_mean and running_var",
+               lambda: conv_norm_act(X, WEIGHT, norm="frozen")),
+    "groups": (ValueError, "groups must divide the channels, got 3 groups of 4 channels",
+               lambda: conv_norm_act(X, WEIGHT, norm="group", groups=3)),
+    "bias": (ValueError, r"bias must be \[4\], got \[3\]",
+             lambda: conv_norm_act(X, WEIGHT, random(3))),
+    "gamma": (ValueError, r"gamma must be \[4\], got \[1\]",
+              lambda: conv_norm_act(X, WEIGHT, norm="batch", gamma=random(1))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("error", "message", "call"), ERRORS.values(), ids=ERRORS)
 def test_errors(backend, error, message, call):
     with pytest.raises(error, match=message):
         call()
@@ -571,11 +602,13 @@ every_operator = pytest.mark.parametrize(
 
 
 @every_operator
-def test_double_backward_raises(backend, operator):
+@pytest.mark.parametrize("loss", [torch.Tensor.sum, lambda out: out.square().sum()])
+def test_double_backward_raises(backend, operator, loss):
+    """Also where the incoming gradient is a constant."""
     function, _ = twice(operator)
     y = X.y.clone().requires_grad_()
-    (grad,) = torch.autograd.grad(function(y).square().sum(), y, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    (grad,) = torch.autograd.grad(loss(function(y)), y, create_graph=True)
+    with pytest.raises(RuntimeError, match="twice"):
         grad.sum().backward()
 
 
@@ -597,20 +630,20 @@ def test_transforms_raise(backend, operator, transform):
 
 
 @every_operator
-@pytest.mark.parametrize("dual", ["y", "weight"])
+@pytest.mark.parametrize("duals", [(True, False), (False, True), (True, True)], ids=str)
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_forward_mode_raises(backend, operator, dual, requires_grad):
+def test_forward_mode_raises(backend, operator, duals, requires_grad):
     function, weight = twice(operator)
-    if operator == "resample" and dual == "weight":
-        pytest.skip("resample has no weight")
-    y, weight = (t.clone().requires_grad_(requires_grad) for t in (X.y, weight))
+    inputs = [t.clone().requires_grad_(requires_grad) for t in (X.y, weight)]
+    if operator == "resample":  # it has no weight
+        duals = (True, duals[1])
     with forward_ad.dual_level():
-        if dual == "y":
-            y = forward_ad.make_dual(y, torch.ones_like(y))
-        else:
-            weight = forward_ad.make_dual(weight, torch.ones_like(weight))
+        inputs = [
+            forward_ad.make_dual(t, torch.ones_like(t)) if dual else t
+            for t, dual in zip(inputs, duals, strict=True)
+        ]
         with pytest.raises(NotImplementedError, match="forward-mode"):
-            function(y, weight)
+            function(*inputs)
 
 
 @pytest.mark.parametrize("parameter", ["bias", "gamma", "beta", "scale", "shift"])

@@ -23,7 +23,7 @@ from checks import (
 )
 from oracle import CHANNELS, SLOPES, Head, Source, random
 
-from fastunet.activation import Activation
+from fastunet.activation import NEAREST, Activation
 from fastunet.ops import head
 
 CLASSES = (1, 2, 8, 9, 21)
@@ -160,6 +160,9 @@ def test_errors(backend):
         head(x, random(2, 7, 1, 1))
     with pytest.raises(TypeError, match=r"dtype torch\.float64, got torch\.float32"):
         head(x, random(2, 8, 1, 1, dtype=torch.float64))
+    for pending in (x.pool(), x.upsample(NEAREST).place((4, 4)), x.place((5, 4))):
+        with pytest.raises(ValueError, match="no resampling may be pending"):
+            head(pending, random(2, 8, 1, 1))
     with pytest.raises(TypeError, match="device meta, got cpu"):
         head(x, random(2, 8, 1, 1).to("meta"))
 

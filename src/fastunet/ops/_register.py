@@ -1,11 +1,11 @@
 """One way to register an operator: schema, implementation, fake, and autograd, side by side."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 library = torch.library.Library("fastunet", "DEF")
 
@@ -55,7 +55,7 @@ def differentiable(name: str, save: Callable, backward: Callable) -> None:
             return outputs
 
         @staticmethod
-        @once_differentiable
+        @differentiable_once
         def backward(ctx: Any, *grads: Tensor | None) -> Any:
             return None, *backward(ctx, *grads)
 
@@ -68,6 +68,26 @@ def differentiable(name: str, save: Callable, backward: Callable) -> None:
         return below_autograd(keyset, args)
 
     library.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+def differentiable_once(backward: Callable) -> Callable:
+    """The gradients raise when they are differentiated in turn.
+
+    torch.autograd.function.once_differentiable returns constants, silently, where the incoming
+    gradients are constant, as those of a sum or a mean are.
+    """
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Tensor | None) -> Any:
+        with torch.no_grad():
+            outputs = backward(ctx, *grads)
+        if not torch.is_grad_enabled():  # no create_graph
+            return outputs
+        message = b"FastUNet cannot be differentiated twice; fastunet.reference.UNet can"
+        refuse = torch._C._functions.DelayedError(message, len(outputs))
+        return refuse(*(t if t is None else t.detach().requires_grad_() for t in outputs))  # type: ignore[arg-type]
+
+    return run
 
 
 def refuse_transforms(*tensors: Tensor | None) -> None:

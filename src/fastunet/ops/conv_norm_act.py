@@ -50,17 +50,17 @@ def conv_norm_act(
 
     Raises:
         TypeError: where dtypes or devices differ outside autocast.
-        ValueError: where channels do not fit.
+        ValueError: where shapes, norm or groups do not fit.
     """
     first, second = x if isinstance(x, Concat) else (x, None)
     dtype = compute_dtype(first.y, weight, "conv_norm_act")
+    if second is not None:
+        compute_dtype(second.y, weight, "conv_norm_act")
+    check_shapes(first, second, weight)
+    vectors = {"bias": bias, "gamma": gamma, "beta": beta, "running_mean": running_mean}
+    check_norm(weight.size(0), norm, groups, {**vectors, "running_var": running_var})
     first, second = cast(first, dtype), second and cast(second, dtype)
-    channels = first.y.size(1) + (second.y.size(1) if second else 0)
-    if weight.size(1) != channels:
-        raise ValueError(
-            f"conv_norm_act: weight must be [Cout, {channels}, 3, 3], got {list(weight.shape)}"
-        )
-    refuse_transforms(first.y, second and second.y, weight)
+    refuse_transforms(*first[:4], *(second or ())[:4], weight, bias, gamma, beta)
     y, center, scale, shift, var = torch.ops.fastunet.conv_norm_act(
         *flatten(first),
         *flatten(second),
@@ -84,6 +84,40 @@ def conv_norm_act(
     return ConvNorm(output, mean, var[0])
 
 
+def check_shapes(first: Activation, second: Activation | None, weight: Tensor) -> None:
+    channels = first.y.size(1) + (second.y.size(1) if second else 0)
+    if tuple(weight.shape[1:]) != (channels, 3, 3):
+        raise ValueError(
+            f"conv_norm_act: weight must be [Cout, {channels}, 3, 3], got {list(weight.shape)}"
+        )
+    if second is None:
+        return
+    one, other = ([a.y.size(0), *a.size] for a in (first, second))
+    if one != other:
+        raise ValueError(
+            "conv_norm_act: both sources must have the same samples, height and width, "
+            f"got {one} and {other}"
+        )
+
+
+def check_norm(channels: int, norm: str, groups: int, vectors: dict[str, Tensor | None]) -> None:
+    if norm not in NORMS:
+        raise ValueError(f"conv_norm_act: norm must be one of {', '.join(NORMS)}, got {norm!r}")
+    if norm == "frozen" and (vectors["running_mean"] is None or vectors["running_var"] is None):
+        raise ValueError("conv_norm_act: a frozen norm must have running_mean and running_var")
+    if norm == "group" and (groups < 1 or channels % groups):
+        raise ValueError(
+            "conv_norm_act: groups must divide the channels, "
+            f"got {groups} groups of {channels} channels"
+        )
+    for name, vector in vectors.items():
+        if vector is not None and tuple(vector.shape) != (channels,):
+            raise ValueError(
+                f"conv_norm_act: {name} must be [{channels}], got {list(vector.shape)}"
+            )
+
+
+NORMS = ("none", "frozen", "batch", "group")
 SIZES = "SymInt[2] size"
 PARAMETERS = "Tensor weight, Tensor? bias"
 NORM = (

@@ -27,11 +27,11 @@ def conv_transpose(x: Activation, weight: Tensor, bias: Tensor | None = None) ->
         ValueError: where channels do not fit.
     """
     x = cast(x, compute_dtype(x.y, weight, "conv_transpose"))
-    if weight.size(0) != x.y.size(1):
+    if weight.size(0) != x.y.size(1) or tuple(weight.shape[2:]) != (2, 2):
         raise ValueError(
             f"conv_transpose: weight must be [{x.y.size(1)}, Cout, 2, 2], got {list(weight.shape)}"
         )
-    refuse_transforms(x.y, weight)
+    refuse_transforms(*x[:4], weight, bias)
     y = torch.ops.fastunet.conv_transpose(*flatten(x), x.size, weight, bias, backends.requested())
     return Activation.of(y, x.memory_format)
 

@@ -20,7 +20,7 @@ def materialize(x: Activation | Concat | Tensor) -> Tensor:
         return torch.cat([materialize(x.first), materialize(x.second)], dim=1)
     if not x.pending:
         return x.y.contiguous(memory_format=x.memory_format)
-    refuse_transforms(x.y)
+    refuse_transforms(*x[:4])
     z = torch.ops.fastunet.resample(*flatten(x), x.size, backends.requested())
     return z.contiguous(memory_format=x.memory_format)
 

@@ -1,5 +1,7 @@
 """resample in plain PyTorch: the definition of an Activation's pending work."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -74,8 +76,16 @@ def with_inputs(source: Activation, y: Tensor, *vectors: Tensor) -> Activation:
     return source._replace(y=y, scale=vectors[0], shift=vectors[1])
 
 
+def autograd_inside_operators() -> Any:
+    """Lifts the exclusion of autograd that is in force while an operator's kernel runs."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradOther", "AutogradNestedTensor", "AutogradCPU", "AutogradCUDA"):
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
+
+
 def gradients(function, inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
     """The vector-Jacobian product of a plain PyTorch function, by autograd."""
-    with torch.enable_grad():
+    with torch.enable_grad(), autograd_inside_operators():
         leaves = [t.detach().requires_grad_() for t in inputs]
         return list(torch.autograd.grad(function(*leaves), leaves, grad))
