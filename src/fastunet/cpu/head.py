@@ -7,7 +7,7 @@ from fastunet.activation import Activation
 from fastunet.extension import kernels
 
 from .conv_transpose import as_rows
-from .resample import empty_map, kernel_arguments, resample, resample_bwd
+from .resample import empty_map, empty_vectors, kernel_arguments, resample, resample_bwd
 
 MAX_CLASSES = 8  # kMaxClasses of csrc/head
 
@@ -35,7 +35,7 @@ def head_bwd(
     if need_source:
         dy = empty_map(y, y.size(1), (y.size(2), y.size(3)))
         if source.scale is not None:
-            dscale, dshift = torch.empty_like(source.scale), torch.empty_like(source.scale)
+            dscale, dshift = empty_vectors(source.scale)
     kernels().head_bwd(dy, dscale, dshift, dweight, dbias, dlogits, y, *rest, weight)
     return dy, dscale, dshift, dweight, dbias
 

@@ -12,7 +12,11 @@ def kernel_arguments(source: Activation) -> tuple[Tensor, Tensor, Tensor, Tensor
     """y, center, scale, shift, slope; a plain map becomes an identity affine."""
     y = channel_adjacent(source.y)
     if source.scale is not None:
-        return y, source.center, source.scale, source.shift, source.slope  # type: ignore
+        assert source.center is not None
+        assert source.shift is not None
+        vectors = (source.center, source.scale, source.shift)
+        center, scale, shift = (v.contiguous() for v in vectors)
+        return y, center, scale, shift, source.slope
     zero = y.new_zeros((1, y.size(1)), dtype=accumulate_dtype(y.dtype))
     return y, zero, torch.ones_like(zero), zero, 1.0
 
@@ -22,6 +26,11 @@ def channel_adjacent(x: Tensor) -> Tensor:
     if x.stride(1) == 1 or x.size(1) == 1 or x.numel() == 0:
         return x
     return x.contiguous(memory_format=torch.channels_last)
+
+
+def empty_vectors(scale: Tensor) -> tuple[Tensor, Tensor]:
+    """dscale and dshift, dense; storages of their own, as operators' outputs may not alias."""
+    return scale.new_empty(scale.shape), scale.new_empty(scale.shape)
 
 
 def empty_map(like: Tensor, channels: int, size: tuple[int, int]) -> Tensor:
@@ -43,7 +52,8 @@ def resample(source: Activation, out: Tensor | None = None) -> Tensor:
 def resample_bwd(source: Activation, dz: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
     y, *rest = kernel_arguments(source)
     dy = empty_map(y, y.size(1), (y.size(2), y.size(3)))
-    dscale = None if source.scale is None else torch.empty_like(source.scale)
-    dshift = None if source.shift is None else torch.empty_like(source.shift)
+    dscale = dshift = None
+    if source.scale is not None:
+        dscale, dshift = empty_vectors(source.scale)
     kernels().resample_bwd(dy, dscale, dshift, channel_adjacent(dz), y, *rest, source.mode)
     return dy, dscale, dshift

@@ -57,6 +57,9 @@ def normalization_bwd(
     """Writes to ``out`` the gradient of y: what its readers returned at fixed center, scale and
     shift, plus what flows through the statistics (dshift stands for -dcenter / scale).
     Returns dgamma, dbeta, [C]."""
+    if dscale is None and dshift is None:
+        out.copy_(dy) if dy is not None else out.zero_()
+        return affine_bwd(dscale, dshift, var, eps)
     gamma = scale * torch.sqrt(var + eps)
 
     def statistics(t: Tensor) -> Tensor:
