@@ -169,14 +169,19 @@ class Resample {
   void interpolate(const A* low, const A* high, A weight, const typename Taps<A>::Tap* taps,
                    int64_t w0, int64_t w1, T* out) const {
     const int64_t C = s_.y.C;
+    const bool copies = mode_ == Mode::nearest;
     for (int64_t w = w0; w < w1; ++w, out += out_.sw) {
       const auto tap = taps[w];
       const int64_t i = tap.low * C, j = tap.high * C;
+      // Products as in PyTorch, not a + weight * (b - a): Inf - Inf would be NaN. Nearest reads
+      // one pixel, so 0 * Inf of its neighbours must not come in.
       for_tiles(1, C, [&](int64_t, int64_t, int64_t c, auto lanes) {
-        const V a = load(low + i + c, lanes), b = load(high + i + c, lanes);
+        const V a = load(low + i + c, lanes);
+        if (copies) return store(out + c, a, lanes);
+        const V b = load(high + i + c, lanes);
         const V d = load(low + j + c, lanes), e = load(high + j + c, lanes);
-        const V left = a + weight * (b - a), right = d + weight * (e - d);
-        store(out + c, left + tap.weight * (right - left), lanes);
+        const V left = (1 - weight) * a + weight * b, right = (1 - weight) * d + weight * e;
+        store(out + c, (1 - tap.weight) * left + tap.weight * right, lanes);
       });
     }
   }

@@ -23,7 +23,9 @@ def normalization(
     t = y.to(accumulate_dtype(y.dtype))
     n, c = t.shape[:2]
     offset = 0 if bias is None or groups in (0, c) else bias  # elsewhere it moves the mean alone
-    if groups in (0, c):
+    if t.numel() == 0:
+        mean = var = t.new_zeros((n if groups else 1, c))
+    elif groups in (0, c):
         dims = (0, 2, 3) if groups == 0 else (2, 3)
         mean = t.mean(dims).view(-1, c)
         var = t.var(dims, unbiased=False).view(-1, c)
@@ -31,10 +33,10 @@ def normalization(
         shifted = t if bias is None else t + bias[:, None, None]
         grouped = shifted.reshape(n, groups, -1)
         each = (n, groups, c // groups)
-        mean = grouped.mean(2, keepdim=True).expand(each).reshape(n, c)
-        var = grouped.var(2, unbiased=False, keepdim=True).expand(each).reshape(n, c)
-    if t.numel() == 0:
-        mean, var = torch.zeros_like(mean), torch.zeros_like(var)
+        mean = grouped.mean(2, keepdim=True)
+        var = grouped.var(2, unbiased=False, keepdim=True)
+        # One group expands to a view that is not contiguous.
+        mean, var = (s.expand(each).reshape(n, c).contiguous() for s in (mean, var))
     scale = torch.rsqrt(var + eps)
     if gamma is not None:
         scale = scale * gamma
@@ -57,8 +59,8 @@ def normalization_bwd(
     """Writes to ``out`` the gradient of y: what its readers returned at fixed center, scale and
     shift, plus what flows through the statistics (dshift stands for -dcenter / scale).
     Returns dgamma, dbeta, [C]."""
-    if dscale is None and dshift is None:
-        out.copy_(dy) if dy is not None else out.zero_()
+    if y.numel() == 0 or (dscale is None and dshift is None):
+        out.zero_() if dy is None else out.copy_(dy)
         return affine_bwd(dscale, dshift, var, eps)
     gamma = scale * torch.sqrt(var + eps)
 

@@ -88,4 +88,7 @@ def gradients(function, inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
     """The vector-Jacobian product of a plain PyTorch function, by autograd."""
     with torch.enable_grad(), autograd_inside_operators():
         leaves = [t.detach().requires_grad_() for t in inputs]
-        return list(torch.autograd.grad(function(*leaves), leaves, grad))
+        results = torch.autograd.grad(function(*leaves), leaves, grad)
+    # Outputs of operators may not alias their inputs: the sum of a single value is a view of it.
+    storage = grad.untyped_storage()._cdata
+    return [g.clone() if g.untyped_storage()._cdata == storage else g for g in results]
