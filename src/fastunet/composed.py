@@ -1,4 +1,4 @@
-"""conv_norm_act from PyTorch's own convolution and a backend's kernels around it.
+"""conv_norm_act and conv_transpose: PyTorch's own convolutions, a backend's kernels around them.
 
 ``kernels`` is a backend module: resample, resample_bwd, normalization, normalization_bwd. The
 sources are materialised into a temporary map, and again in backward: nothing but the convolutions'
@@ -154,6 +154,40 @@ def dbias_of(
     return terms.sum(0)
 
 
+# stride, padding, dilation, transposed, output padding, groups
+CONVOLUTION = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+TRANSPOSED = ([2, 2], [0, 0], [1, 1], True, [0, 0], 1)
+
+
+def conv_transpose(
+    kernels: ModuleType, source: Activation, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """The 2x2 stride 2 transposed convolution of a source, channels_last."""
+    x = gather(kernels, [source])
+    low, low_bias = weight.to(x.dtype), as_dtype(bias, x.dtype)
+    y = torch.ops.aten.convolution(x, low, low_bias, *TRANSPOSED)
+    return y.contiguous(memory_format=torch.channels_last)
+
+
+def conv_transpose_bwd(
+    kernels: ModuleType, dy: Tensor, source: Activation, needs: Sequence[bool], weight: Tensor
+) -> tuple[Tensor | None, Tensor, SourceGrads]:
+    """dweight, dbias and the source's gradients; needs: weight, source."""
+    need_weight, need_source = needs
+    x = gather(kernels, [source])
+    dy = dy.contiguous(memory_format=torch.channels_last)
+    dx, dweight, dbias = torch.ops.aten.convolution_backward(
+        dy,
+        x,
+        weight.to(x.dtype),
+        [weight.size(1)],
+        *TRANSPOSED,
+        [need_source, need_weight, True],
+    )
+    of_source = SourceGrads(*kernels.resample_bwd(source, dx)) if need_source else SourceGrads()
+    return like_parameter(dweight, weight), dbias.to(accumulate_dtype(dy.dtype)), of_source
+
+
 def gather(kernels: ModuleType, sources: Sequence[Activation]) -> Tensor:
     """The convolution's input, channels_last: the sources' maps side by side."""
     if len(sources) == 1 and not sources[0].pending:
@@ -175,7 +209,7 @@ def gather(kernels: ModuleType, sources: Sequence[Activation]) -> Tensor:
 def convolution(x: Tensor, weight: Tensor) -> Tensor:
     """3x3, padding 1, without bias; the result is channels_last."""
     (x,) = favoured_layout(weight, x, deep=16)
-    y = torch.ops.aten.convolution(x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+    y = torch.ops.aten.convolution(x, weight, None, *CONVOLUTION)
     return y.contiguous(memory_format=torch.channels_last)
 
 
@@ -190,7 +224,7 @@ def conv_input_grad(kernels: ModuleType, dy: Tensor, weight: Tensor) -> Tensor:
     unread = dy.new_empty((dy.size(0), channels, dy.size(2), dy.size(3)))
     dy, unread = favoured_layout(low, dy, unread, deep=2.5)
     dx = torch.ops.aten.convolution_backward(
-        dy, unread, low, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, False, False]
+        dy, unread, low, None, *CONVOLUTION, [True, False, False]
     )[0]
     return dx.contiguous(memory_format=torch.channels_last)
 
@@ -199,7 +233,7 @@ def conv_weight_grad(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     low = weight.to(x.dtype)
     dy, x = favoured_layout(low, dy, x, deep=2.5)
     return torch.ops.aten.convolution_backward(
-        dy, x, low, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False]
+        dy, x, low, None, *CONVOLUTION, [False, True, False]
     )[1]
 
 

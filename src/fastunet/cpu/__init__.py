@@ -5,15 +5,12 @@ from torch import Tensor
 
 from fastunet import extension
 
-from .conv_transpose import conv_transpose, conv_transpose_bwd
 from .head import head, head_bwd
 from .normalization import normalization, normalization_bwd
 from .resample import resample, resample_bwd
 from .turn_weight import turn_weight
 
 KERNELS = (
-    conv_transpose,
-    conv_transpose_bwd,
     head,
     head_bwd,
     normalization,

@@ -6,8 +6,7 @@ from torch import Tensor
 from fastunet.activation import Activation
 from fastunet.extension import kernels
 
-from .conv_transpose import as_rows
-from .resample import empty_map, empty_vectors, kernel_arguments, resample, resample_bwd
+from .resample import as_rows, empty_map, empty_vectors, kernel_arguments, resample, resample_bwd
 
 MAX_CLASSES = 8  # kMaxClasses of csrc/head
 

@@ -42,6 +42,11 @@ def empty_map(like: Tensor, channels: int, size: tuple[int, int]) -> Tensor:
     )
 
 
+def as_rows(x: Tensor) -> Tensor:
+    """[N, C, H, W] -> [N * H * W, C], a view where channels are adjacent"""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.size(1))
+
+
 def resample(source: Activation, out: Tensor | None = None) -> Tensor:
     if out is None:
         out = empty_map(source.y, source.y.size(1), source.size)

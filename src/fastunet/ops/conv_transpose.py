@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
-from fastunet import backends
+from fastunet import backends, composed
 from fastunet.activation import Activation
-from fastunet.composed import as_dtype, like_parameter
 from fastunet.reference.resample import accumulate_dtype
 
 from ._register import define, differentiable, placeholder_for, refuse_transforms
@@ -47,8 +46,7 @@ REST = COUNT + 1
 def implementation(*args: Any) -> Tensor:
     source = unflatten(args[:COUNT], args[COUNT])
     weight, bias, backend = args[REST:]
-    kernels, dtype = backends.select(backend, args[0]), args[0].dtype
-    return kernels.conv_transpose(source, weight.to(dtype), as_dtype(bias, dtype))
+    return composed.conv_transpose(backends.select(backend, args[0]), source, weight, bias)
 
 
 def output_shape(args: Any) -> tuple[int, ...]:
@@ -69,9 +67,7 @@ def implementation_bwd(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
     source = unflatten(args[:COUNT], args[COUNT])
     weight, needs, backend = args[REST:]
     kernels = backends.select(backend, args[0])
-    dweight, dbias, *of_source = kernels.conv_transpose_bwd(source, weight.to(dy.dtype), dy, needs)
-    dweight = like_parameter(dweight, weight)
-    dbias = dbias.to(accumulate_dtype(dy.dtype))
+    dweight, dbias, of_source = composed.conv_transpose_bwd(kernels, dy, source, needs, weight)
     return tuple(placeholder_for(t, args[0]) for t in (dweight, dbias, *of_source))
 
 

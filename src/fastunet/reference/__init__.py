@@ -6,7 +6,6 @@ operators (backward is autograd through the definition) and the speed of plain P
 
 from torch import Tensor
 
-from .conv_transpose import conv_transpose, conv_transpose_bwd
 from .head import head, head_bwd
 from .normalization import normalization, normalization_bwd
 from .resample import resample, resample_bwd
@@ -16,8 +15,6 @@ from .unet import DoubleConv, Down, OutConv, UNet, Up
 __all__ = ["DoubleConv", "Down", "OutConv", "UNet", "Up"]
 
 KERNELS = (
-    conv_transpose,
-    conv_transpose_bwd,
     head,
     head_bwd,
     normalization,
