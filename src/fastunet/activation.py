@@ -39,11 +39,12 @@ class Activation(NamedTuple):
     @property
     def pending(self) -> bool:
         """Whether anything has to be computed before this is an ordinary tensor."""
-        return (
-            self.scale is not None
-            or self.mode != NONE
-            or self.size != (self.y.size(2), self.y.size(3))
-        )
+        return self.scale is not None or self.resampling_pending
+
+    @property
+    def resampling_pending(self) -> bool:
+        """Whether a pooling, an upsampling or a placement is still to be done."""
+        return self.mode != NONE or self.size != (self.y.size(2), self.y.size(3))
 
     def pool(self) -> "Activation":
         """With a 2x2 max-pool (floor) pending."""
@@ -57,7 +58,7 @@ class Activation(NamedTuple):
 
     def unresampled_size(self) -> tuple[int, int]:
         """(H, W), where no resampling is pending yet: there can be one only."""
-        if self.mode != NONE or self.size != (self.y.size(2), self.y.size(3)):
+        if self.resampling_pending:
             raise ValueError("a resampling or placement is pending already: materialize() it first")
         return self.size
 

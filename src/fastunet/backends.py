@@ -5,6 +5,7 @@ operator's backward, and a predicate ``why_not(tensor)``.
 """
 
 import contextlib
+import functools
 import importlib
 import os
 from types import ModuleType
@@ -48,6 +49,7 @@ def backend(name: str):
         _requested = previous
 
 
+@functools.cache
 def module(name: str) -> ModuleType:
     return importlib.import_module(f"fastunet.{name}")
 

@@ -10,15 +10,16 @@ from .normalization import normalization, normalization_bwd
 from .resample import resample, resample_bwd
 from .turn_weight import turn_weight
 
-KERNELS = (
-    head,
-    head_bwd,
-    normalization,
-    normalization_bwd,
-    resample,
-    resample_bwd,
-    turn_weight,
-)
+__all__ = [
+    "head",
+    "head_bwd",
+    "normalization",
+    "normalization_bwd",
+    "resample",
+    "resample_bwd",
+    "turn_weight",
+    "why_not",
+]
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

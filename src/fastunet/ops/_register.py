@@ -112,7 +112,3 @@ def refuse_transforms(*tensors: Tensor | None) -> None:
 def placeholder_for(t: Tensor | None, like: Tensor) -> Tensor:
     """Operators return tensors only: an empty one stands for None."""
     return like.new_empty(0) if t is None else t
-
-
-def none_if_empty(t: Tensor, needed: bool) -> Tensor | None:
-    return t if needed else None

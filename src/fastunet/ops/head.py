@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from fastunet import backends
-from fastunet.activation import NONE, Activation
+from fastunet.activation import Activation
 from fastunet.composed import as_dtype, like_parameter
 from fastunet.reference.resample import accumulate_dtype
 
@@ -34,7 +34,7 @@ def head(
     x = cast(x, compute_dtype(x.y, weight, "head"))
     if weight.size(1) != x.y.size(1):
         raise ValueError(f"head: weight must be [K, {x.y.size(1)}, 1, 1], got {list(weight.shape)}")
-    if x.mode != NONE or x.size != (x.y.size(2), x.y.size(3)):
+    if x.resampling_pending:
         raise ValueError("head: no resampling may be pending: materialize() the input first")
     refuse_transforms(*x[:4], weight, bias)
     channels_last = memory_format == torch.channels_last

@@ -12,17 +12,21 @@ from .resample import resample, resample_bwd
 from .turn_weight import turn_weight
 from .unet import DoubleConv, Down, OutConv, UNet, Up
 
-__all__ = ["DoubleConv", "Down", "OutConv", "UNet", "Up"]
-
-KERNELS = (
-    head,
-    head_bwd,
-    normalization,
-    normalization_bwd,
-    resample,
-    resample_bwd,
-    turn_weight,
-)
+__all__ = [
+    "DoubleConv",
+    "Down",
+    "OutConv",
+    "UNet",
+    "Up",
+    "head",
+    "head_bwd",
+    "normalization",
+    "normalization_bwd",
+    "resample",
+    "resample_bwd",
+    "turn_weight",
+    "why_not",
+]
 
 
 def why_not(x: Tensor) -> str:
