@@ -1,7 +1,7 @@
 """Builds the compiled CPU kernels against the torch that is installed.
 
-One source, two builds: baseline x86-64 (any processor elsewhere) and AVX2. The package loads the
-one that the processor can run. The extension uses torch's stable ABI and Python's limited API, so
+One source, three builds: baseline x86-64 (any processor elsewhere), AVX2 and AVX-512. The package
+loads the one that the processor can run. The extension uses torch's stable ABI and Python's limited API, so
 one build serves every torch >= 2.11 and every Python >= 3.10.
 
 FASTUNET_CPU=0    skip the compiled kernels
@@ -32,6 +32,9 @@ def cpu_extensions():
     builds = {"default": []}
     if platform.machine().lower() in ("x86_64", "amd64"):
         builds["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
+        builds["avx512"] = [*builds["avx2"], "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+        # GCC 12 warns of its own headers (bug 105593).
+        builds["avx512"] += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
     return [
         CppExtension(
             f"fastunet._cpu_{name}",

@@ -18,14 +18,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
-template <class... Args>
-void require(bool holds, const Args&... message) {
-  if (holds) return;
-  std::ostringstream out;
-  ((out << message), ...);
-  throw std::runtime_error(out.str());
-}
-
 inline std::string shape(const Tensor& t) {
   std::string out = "[";
   for (int64_t d = 0; d < t.dim(); ++d) out += (d ? ", " : "") + std::to_string(t.size(d));

@@ -1,6 +1,7 @@
 // Views of channels-last maps, and the pending affine and activation of a source.
 #pragma once
 
+#include "common/require.h"
 #include "common/vec.h"
 
 namespace fastunet {

@@ -1,5 +1,5 @@
-// A vector of 8 lanes over GCC/Clang vector extensions: the compiler lowers it to whatever the
-// build's instruction set offers (two SSE registers, one AVX2 register, NEON, ...).
+// A vector of 8 lanes (16 with AVX-512) over GCC/Clang vector extensions: the compiler lowers it to
+// whatever the build's instruction set offers (two SSE registers, one AVX2 register, NEON, ...).
 #pragma once
 
 #include <cstdint>
@@ -23,12 +23,16 @@ struct f16 {
 template <class T>
 using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
+#ifdef __AVX512F__
+inline constexpr int kLanes = 16;
+#else
 inline constexpr int kLanes = 8;
+#endif
 
-typedef float vfloat __attribute__((vector_size(32)));
-typedef double vdouble __attribute__((vector_size(64)));
-typedef uint32_t vuint32 __attribute__((vector_size(32)));
-typedef uint16_t vuint16 __attribute__((vector_size(16)));
+typedef float vfloat __attribute__((vector_size(4 * kLanes)));
+typedef double vdouble __attribute__((vector_size(8 * kLanes)));
+typedef uint32_t vuint32 __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t vuint16 __attribute__((vector_size(2 * kLanes)));
 
 template <class A>
 using vec = std::conditional_t<std::is_same_v<A, double>, vdouble, vfloat>;
@@ -69,7 +73,16 @@ FASTUNET_INLINE void store(bf16* p, vfloat v) {
   std::memcpy(p, &h, sizeof h);
 }
 
-#ifdef __F16C__
+#if defined(__AVX512F__)
+FASTUNET_INLINE vfloat load(const f16* p) {
+  return (vfloat)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+
+FASTUNET_INLINE void store(f16* p, vfloat v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif defined(__F16C__)
 FASTUNET_INLINE vfloat load(const f16* p) {
   return (vfloat)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
@@ -106,6 +119,10 @@ FASTUNET_INLINE void store(f16* p, vfloat v) {
 template <class T>
 FASTUNET_INLINE vec<acc_t<T>> load(const T* p, int n) {
   if (n == kLanes) return load(p);
+#ifdef __AVX512F__
+  if constexpr (std::is_same_v<T, float>)
+    return (vfloat)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+#endif
   T lanes[kLanes] = {};
   std::memcpy(lanes, p, n * sizeof(T));
   return load(lanes);
@@ -114,6 +131,10 @@ FASTUNET_INLINE vec<acc_t<T>> load(const T* p, int n) {
 template <class T>
 FASTUNET_INLINE void store(T* p, vec<acc_t<T>> v, int n) {
   if (n == kLanes) return store(p, v);
+#ifdef __AVX512F__
+  if constexpr (std::is_same_v<T, float>)
+    return _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), (__m512)v);
+#endif
   T lanes[kLanes];
   store(lanes, v);
   std::memcpy(p, lanes, n * sizeof(T));
@@ -121,12 +142,16 @@ FASTUNET_INLINE void store(T* p, vec<acc_t<T>> v, int n) {
 
 template <class A>
 FASTUNET_INLINE A sum_lanes(vec<A> v) {
-  return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+  A lanes[kLanes];
+  store(lanes, v);
+  for (int n = kLanes / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) lanes[i] += lanes[i + n];
+  return lanes[0];
 }
 
 // Calls f(first pixel, end pixel, channel, lanes) over [0, pixels) x [0, channels): tiles small
 // enough to stay in L1, and within a tile one group of channels at a time, so that per-channel
-// values stay in registers. `lanes` is a compile-time 8 except in the last, partial group.
+// values stay in registers. `lanes` is a compile-time kLanes except in the last, partial group.
 template <class F>
 FASTUNET_INLINE void for_tiles(int64_t pixels, int64_t channels, F f) {
   const int64_t tile = channels >= 512 ? 2 : channels > 32 ? 1024 / channels : 32;

@@ -5,12 +5,6 @@
 namespace fastunet {
 namespace {
 
-Grouping grouping(int64_t N, int64_t C, int64_t pixels, int64_t groups) {
-  require(groups == 0 || (groups > 0 && C % groups == 0), "groups must divide the channels, got ",
-          groups, " groups of ", C, " channels");
-  return {N, C, pixels, groups};
-}
-
 void normalization(const Tensor y, const MaybeTensor bias, const MaybeTensor gamma,
                    const MaybeTensor beta, int64_t groups, double eps, Tensor center, Tensor scale,
                    Tensor shift, Tensor var) {
@@ -26,15 +20,17 @@ void normalization(const Tensor y, const MaybeTensor bias, const MaybeTensor gam
     // A chunk is read twice, so it should fit in L2 with room to spare.
     const int64_t chunk = std::max<int64_t>(64, 131072 / (C * static_cast<int64_t>(sizeof(T))));
     const Chunks chunks(in.N, pixels, 1, chunk);
-    std::vector<A> partials(chunks.count() * 2 * C);
+    ChunkMoments<T> moments;
+    moments.resize(chunks.count(), C);
     torch::stable::parallel_for(0, chunks.count(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) {
-        A* mean = partials.data() + k * 2 * C;
-        chunk_moments(in.at(chunks.sample(k), 0) + chunks.begin(k) * C,
-                      chunks.end(k) - chunks.begin(k), C, mean, mean + C);
+        A* mean = moments.values.data() + k * 2 * C;
+        moments.counts[k] = chunks.end(k) - chunks.begin(k);
+        chunk_moments(in.at(chunks.sample(k), 0) + chunks.begin(k) * C, 1, 0, moments.counts[k], C,
+                      C, mean, mean + C);
       }
     });
-    finalize(partials, chunks, g, rows<const A>(bias, C, "bias"), rows<const A>(gamma, C, "gamma"),
+    finalize(moments, g, rows<const A>(bias, C, "bias"), rows<const A>(gamma, C, "gamma"),
              rows<const A>(beta, C, "beta"), eps, out);
   });
 }

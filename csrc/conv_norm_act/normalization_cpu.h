@@ -24,24 +24,40 @@ struct Moments {
   }
 };
 
-// Per-channel mean and squared deviations of dense pixels, in two sweeps over a chunk that stays
-// in cache: no cancellation, whatever the mean.
+// Per-channel mean and squared deviations of rows of pixels, in two sweeps over values that stay in
+// cache: no cancellation, whatever the mean.
 template <class T>
-void chunk_moments(const T* y, int64_t pixels, int64_t C, acc_t<T>* mean, acc_t<T>* m2) {
+void chunk_moments(const T* y, int64_t rows, int64_t row_stride, int64_t pixels,
+                   int64_t pixel_stride, int64_t C, acc_t<T>* mean, acc_t<T>* m2) {
   using A = acc_t<T>;
   const auto accumulate = [&](A* sums, auto term) {
     std::fill_n(sums, C, A(0));
-    for_tiles(pixels, C, [&](int64_t p, int64_t end, int64_t c, auto lanes) {
-      const vec<A> m = load(mean + c, lanes);
-      vec<A> sum{};
-      for (; p < end; ++p) sum += term(load(y + p * C + c, lanes), m);
-      store(sums + c, load(sums + c, lanes) + sum, lanes);
-    });
+    for (int64_t r = 0; r < rows; ++r)
+      for_tiles(pixels, C, [&](int64_t p, int64_t end, int64_t c, auto lanes) {
+        const vec<A> m = load(mean + c, lanes);
+        const T* from = y + r * row_stride + c;
+        vec<A> sum{};
+        for (; p < end; ++p) sum += term(load(from + p * pixel_stride, lanes), m);
+        store(sums + c, load(sums + c, lanes) + sum, lanes);
+      });
   };
   accumulate(mean, [](vec<A> value, vec<A>) { return value; });
-  for (int64_t c = 0; c < C; ++c) mean[c] /= static_cast<A>(pixels);
+  for (int64_t c = 0; c < C; ++c) mean[c] /= static_cast<A>(rows * pixels);
   accumulate(m2, [](vec<A> value, vec<A> m) { return (value - m) * (value - m); });
 }
+
+// The moments of chunks of pixels: values [chunks][2][C] (mean, squared deviations), and how many
+// pixels each has. Chunks of a sample lie side by side.
+template <class T>
+struct ChunkMoments {
+  std::vector<acc_t<T>> values;
+  std::vector<int64_t> counts;
+
+  void resize(int64_t chunks, int64_t C) {
+    values.resize(chunks * 2 * C);
+    counts.resize(chunks);
+  }
+};
 
 // A statistic is taken over all samples per channel (groups == 0), or per sample over groups of
 // adjacent channels.
@@ -53,6 +69,12 @@ struct Grouping {
   double count() const { return static_cast<double>(groups ? pixels * width() : N * pixels); }
 };
 
+inline Grouping grouping(int64_t N, int64_t C, int64_t pixels, int64_t groups) {
+  require(groups == 0 || (groups > 0 && C % groups == 0), "groups must divide the channels, got ",
+          groups, " groups of ", C, " channels");
+  return {N, C, pixels, groups};
+}
+
 // Values per channel of a convolution's output y and what normalisation makes of them:
 // z = scale * (y - center) + shift, with the convolution's bias inside center.
 template <class A>
@@ -60,19 +82,21 @@ struct Normalization {
   A *center, *scale, *shift, *var;  // [rows, C]
 };
 
-template <class A>
-void finalize(const std::vector<A>& partials, const Chunks& chunks, const Grouping& g,
-              const A* bias, const A* gamma, const A* beta, double eps,
-              const Normalization<A>& out) {
-  const int64_t per_row = g.rows() ? chunks.count() / g.rows() : 0;
+template <class T>
+void finalize(const ChunkMoments<T>& chunks, const Grouping& g, const acc_t<T>* bias,
+              const acc_t<T>* gamma, const acc_t<T>* beta, double eps,
+              const Normalization<acc_t<T>>& out) {
+  using A = acc_t<T>;
+  const int64_t count = static_cast<int64_t>(chunks.counts.size());
+  const int64_t per_row = g.rows() ? count / g.rows() : 0;
   for (int64_t row = 0; row < g.rows(); ++row) {
     for (int64_t first = 0; first < g.C; first += g.width()) {
       Moments all;
       for (int64_t c = first; c < first + g.width(); ++c) {
         Moments channel;
         for (int64_t k = row * per_row; k < (row + 1) * per_row; ++k)
-          channel.merge({static_cast<double>(chunks.end(k) - chunks.begin(k)),
-                         partials[k * 2 * g.C + c], partials[k * 2 * g.C + g.C + c]});
+          channel.merge({static_cast<double>(chunks.counts[k]), chunks.values[k * 2 * g.C + c],
+                         chunks.values[k * 2 * g.C + g.C + c]});
         // Between channels of a group the bias matters; within one it moves the mean alone.
         if (bias && g.width() > 1) channel.mean += bias[c];
         all.merge(channel);

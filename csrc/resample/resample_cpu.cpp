@@ -1,28 +1,9 @@
 #include "resample/resample_cpu.h"
 
-#include <memory>
-
 #include "common/binding.h"
 
 namespace fastunet {
 namespace {
-
-// The tables of an upsampling; none for the other modes.
-template <class A>
-struct UpsampleTaps {
-  std::unique_ptr<Taps<A>> vertical, horizontal;
-
-  UpsampleTaps(Mode mode, int64_t h, int64_t w) {
-    if (mode == Mode::none || mode == Mode::max_pool) return;
-    vertical = std::make_unique<Taps<A>>(mode, h);
-    horizontal = std::make_unique<Taps<A>>(mode, w);
-  }
-};
-
-Mode checked_mode(int64_t mode) {
-  require(mode >= 0 && mode <= static_cast<int64_t>(Mode::nearest), "unknown resample mode ", mode);
-  return static_cast<Mode>(mode);
-}
 
 void resample(Tensor out, const Tensor y, const Tensor center, const Tensor scale,
               const Tensor shift, double slope, int64_t mode_number) {
@@ -35,10 +16,15 @@ void resample(Tensor out, const Tensor y, const Tensor center, const Tensor scal
             shape(out), " for ", shape(y));
     if (out.numel() == 0) return;
     const UpsampleTaps<acc_t<T>> taps(mode, s.y.H, s.y.W);
-    const Resample<T> kernel(s, to, mode);
+    const Resample<T> kernel(s, to.H, to.W, mode, taps);
     const int64_t grain = ceil_div(8192, to.W * to.C);
     torch::stable::parallel_for(0, to.N * to.H, grain, [&](int64_t begin, int64_t end) {
-      kernel.rows(begin, end, taps.vertical.get(), taps.horizontal.get());
+      typename Resample<T>::Rows rows;
+      for (int64_t row = begin; row < end; ++row) {
+        const int64_t n = row / to.H, h = row % to.H;
+        if (h == 0) rows.low_row = rows.high_row = -1;
+        kernel.row(n, h, 0, to.W, to.at(n, h), to.sw, rows);
+      }
     });
   });
 }

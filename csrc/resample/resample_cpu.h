@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <memory>
 #include <vector>
 
 #include "common/reduction.h"
@@ -10,6 +11,11 @@
 namespace fastunet {
 
 enum class Mode : int64_t { none, max_pool, bilinear, bilinear_align_corners, nearest };
+
+inline Mode checked_mode(int64_t mode) {
+  require(mode >= 0 && mode <= static_cast<int64_t>(Mode::nearest), "unknown resample mode ", mode);
+  return static_cast<Mode>(mode);
+}
 
 // Where the resampled map lies within the output: centred, padded with zeros or cropped.
 // `H`, `W` is the resampled size; pixel (h, w) of it is output pixel (h + top, w + left).
@@ -72,6 +78,18 @@ struct Taps {
   }
 };
 
+// The tables of an upsampling; none for the other modes.
+template <class A>
+struct UpsampleTaps {
+  std::unique_ptr<Taps<A>> vertical, horizontal;
+
+  UpsampleTaps(Mode mode, int64_t h, int64_t w) {
+    if (mode == Mode::none || mode == Mode::max_pool) return;
+    vertical = std::make_unique<Taps<A>>(mode, h);
+    horizontal = std::make_unique<Taps<A>>(mode, w);
+  }
+};
+
 template <class T>
 FASTUNET_INLINE void zero(T* p, int64_t pixels, int64_t stride, int64_t C) {
   for (int64_t i = 0; i < pixels; ++i) std::memset(p + i * stride, 0, C * sizeof(T));
@@ -83,71 +101,57 @@ FASTUNET_INLINE auto replaces(V candidate, V best) {
   return (candidate > best) | (candidate != candidate);
 }
 
+// The map that a source stands for, one row of pixels at a time.
 template <class T>
 class Resample {
   using A = acc_t<T>;
   using V = vec<A>;
 
  public:
-  Resample(const Source<T>& s, Map<T> out, Mode mode)
-      : s_(s), out_(out), mode_(mode), place_(mode, s.y.H, s.y.W, out.H, out.W) {}
+  Resample(const Source<T>& s, int64_t H, int64_t W, Mode mode, const UpsampleTaps<A>& taps)
+      : s_(s), H_(H), W_(W), mode_(mode), place_(mode, s.y.H, s.y.W, H, W), taps_(taps) {}
 
-  // Writes output rows [begin, end) of the N * H rows.
-  void rows(int64_t begin, int64_t end, const Taps<A>* vertical, const Taps<A>* horizontal) const {
-    std::vector<A> low, high;             // activated source rows
-    int64_t low_row = -1, high_row = -1;  // which ones they hold, over all samples
-    if (vertical) low.resize(s_.y.W * s_.y.C), high.resize(s_.y.W * s_.y.C);
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t n = row / out_.H, ho = row % out_.H, h = ho - place_.top;
-      T* out = out_.at(n, ho);
-      const int64_t w0 = place_.w_begin(), w1 = place_.w_end(out_.W);
-      if (h < 0 || h >= place_.H || w0 >= w1) {
-        zero(out, out_.W, out_.sw, out_.C);
-        continue;
-      }
-      zero(out, w0 + place_.left, out_.sw, out_.C);
-      zero(out + (w1 + place_.left) * out_.sw, out_.W - (w1 + place_.left), out_.sw, out_.C);
-      T* inside = out + (w0 + place_.left) * out_.sw;
-      if (mode_ == Mode::none) {
-        activate(n, h, w0, w1, inside);
-      } else if (mode_ == Mode::max_pool) {
-        max_pool(n, h, w0, w1, inside);
-      } else {
-        const auto tap = vertical->taps[h];
-        const int64_t first = n * s_.y.H;
-        if (low_row != first + tap.low) {
-          if (high_row == first + tap.low)
-            low.swap(high), std::swap(low_row, high_row);
-          else
-            activate_row(n, tap.low, low.data()), low_row = first + tap.low;
-        }
-        if (high_row != first + tap.high)
-          activate_row(n, tap.high, high.data()), high_row = first + tap.high;
-        interpolate(low.data(), high.data(), tap.weight, horizontal->taps.data(), w0, w1, inside);
-      }
-    }
+  // Activated source rows, kept from one output row to the next as interpolation reads them twice.
+  struct Rows {
+    std::vector<A> low, high;
+    int64_t low_row = -1, high_row = -1;
+  };
+
+  // Writes pixels [begin, end) of row h of sample n, `stride` apart; pixels outside the map are
+  // zero. `rows` serves one sample and one range of pixels.
+  template <class Out>
+  void row(int64_t n, int64_t h, int64_t begin, int64_t end, Out* out, int64_t stride,
+           Rows& rows) const {
+    const int64_t from = h - place_.top;
+    const int64_t w0 = std::max({begin, int64_t{0}, place_.left});
+    const int64_t w1 = std::min({end, W_, place_.left + place_.W});
+    if (h < 0 || h >= H_ || from < 0 || from >= place_.H || w0 >= w1)
+      return zero(out, end - begin, stride, s_.y.C);
+    zero(out, w0 - begin, stride, s_.y.C);
+    zero(out + (w1 - begin) * stride, end - w1, stride, s_.y.C);
+    out += (w0 - begin) * stride;
+    const int64_t first = w0 - place_.left, last = w1 - place_.left;
+    if (mode_ == Mode::none)
+      activate(n, from, first, last, out, stride);
+    else if (mode_ == Mode::max_pool)
+      max_pool(n, from, first, last, out, stride);
+    else
+      upsample(n, from, first, last, out, stride, rows);
   }
 
  private:
-  void activate(int64_t n, int64_t h, int64_t w0, int64_t w1, T* out) const {
+  template <class Out>
+  void activate(int64_t n, int64_t h, int64_t w0, int64_t w1, Out* out, int64_t stride) const {
     const T* in = s_.y.at(n, h, w0);
     for_tiles(w1 - w0, s_.y.C, [&](int64_t p, int64_t end, int64_t c, auto lanes) {
       const Channels<A> channel(s_, n, c, lanes);
       for (; p < end; ++p)
-        store(out + p * out_.sw + c, channel(load(in + p * s_.y.sw + c, lanes)), lanes);
+        store(out + p * stride + c, channel(load(in + p * s_.y.sw + c, lanes)), lanes);
     });
   }
 
-  void activate_row(int64_t n, int64_t h, A* out) const {
-    const T* in = s_.y.at(n, h);
-    for_tiles(s_.y.W, s_.y.C, [&](int64_t p, int64_t end, int64_t c, auto lanes) {
-      const Channels<A> channel(s_, n, c, lanes);
-      for (; p < end; ++p)
-        store(out + p * s_.y.C + c, channel(load(in + p * s_.y.sw + c, lanes)), lanes);
-    });
-  }
-
-  void max_pool(int64_t n, int64_t h, int64_t w0, int64_t w1, T* out) const {
+  template <class Out>
+  void max_pool(int64_t n, int64_t h, int64_t w0, int64_t w1, Out* out, int64_t stride) const {
     const int64_t sw = s_.y.sw;
     const T* top = s_.y.at(n, 2 * h, 2 * w0);
     const T* bottom = s_.y.at(n, 2 * h + 1, 2 * w0);
@@ -161,18 +165,40 @@ class Resample {
           const V z = channel(load(other, lanes));
           best = replaces(z, best) ? z : best;
         }
-        store(out + p * out_.sw + c, best, lanes);
+        store(out + p * stride + c, best, lanes);
       }
     });
   }
 
-  void interpolate(const A* low, const A* high, A weight, const typename Taps<A>::Tap* taps,
-                   int64_t w0, int64_t w1, T* out) const {
+  template <class Out>
+  void upsample(int64_t n, int64_t h, int64_t w0, int64_t w1, Out* out, int64_t stride,
+                Rows& rows) const {
+    const auto tap = taps_.vertical->taps[h];
+    const int64_t first = taps_.horizontal->taps[w0].low;
+    const int64_t last = taps_.horizontal->taps[w1 - 1].high + 1;
+    const auto fill = [&](std::vector<A>& row, int64_t& holds, int64_t from) {
+      if (holds == from) return;
+      row.resize((last - first) * s_.y.C);
+      activate(n, from, first, last, row.data(), s_.y.C);
+      holds = from;
+    };
+    if (rows.high_row == tap.low && rows.low_row != tap.low) {
+      rows.low.swap(rows.high);
+      std::swap(rows.low_row, rows.high_row);
+    }
+    fill(rows.low, rows.low_row, tap.low);
+    fill(rows.high, rows.high_row, tap.high);
+    interpolate(rows.low.data(), rows.high.data(), first, tap.weight, w0, w1, out, stride);
+  }
+
+  template <class Out>
+  void interpolate(const A* low, const A* high, int64_t first, A weight, int64_t w0, int64_t w1,
+                   Out* out, int64_t stride) const {
     const int64_t C = s_.y.C;
     const bool copies = mode_ == Mode::nearest;
-    for (int64_t w = w0; w < w1; ++w, out += out_.sw) {
-      const auto tap = taps[w];
-      const int64_t i = tap.low * C, j = tap.high * C;
+    for (int64_t w = w0; w < w1; ++w, out += stride) {
+      const auto tap = taps_.horizontal->taps[w];
+      const int64_t i = (tap.low - first) * C, j = (tap.high - first) * C;
       // Products as in PyTorch, not a + weight * (b - a): Inf - Inf would be NaN. Nearest reads
       // one pixel, so 0 * Inf of its neighbours must not come in.
       for_tiles(1, C, [&](int64_t, int64_t, int64_t c, auto lanes) {
@@ -187,9 +213,10 @@ class Resample {
   }
 
   Source<T> s_;
-  Map<T> out_;
+  int64_t H_, W_;
   Mode mode_;
   Placement place_;
+  const UpsampleTaps<A>& taps_;
 };
 
 // dz: the gradient of the resampled map (a channel slice of the reader's input gradient).

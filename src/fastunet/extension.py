@@ -15,7 +15,8 @@ def load() -> tuple[str | None, str]:
     The instruction set is the one PyTorch detects, so its ATEN_CPU_CAPABILITY works here too.
     """
     capability = torch.backends.cpu.get_cpu_capability()
-    builds = ["avx2", "default"] if capability in ("AVX2", "AVX512") else ["default"]
+    best = {"AVX512": 0, "AVX2": 1}.get(capability, 2)
+    builds = ["avx512", "avx2", "default"][best:]
     for build in builds:
         files = sorted(PACKAGE.glob(f"_cpu_{build}.*"))
         if not files:

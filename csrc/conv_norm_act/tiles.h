@@ -1,0 +1,256 @@
+// Between maps and Winograd's domain: which tiles belong together, how sources are read with their
+// pending work applied, how outputs are written.
+#pragma once
+
+#include "conv_norm_act/gemm.h"
+#include "conv_norm_act/winograd.h"
+#include "resample/resample_cpu.h"
+
+namespace fastunet {
+
+// The tiles of all samples in groups: rectangles of rows x columns tiles (fewer at the edges).
+struct Tiling {
+  int64_t N, H, W;
+  int64_t rows, columns;                // tiles per group
+  int64_t group_rows, group_columns;    // groups per sample
+
+  // Groups of about `target` tiles, rows of tiles before columns.
+  Tiling(int64_t N, int64_t H, int64_t W, int64_t target) : N(N), H(H), W(W) {
+    const int64_t across = ceil_div(W, kTile), down = ceil_div(H, kTile);
+    group_columns = ceil_div(across, target);
+    columns = ceil_div(across, group_columns);
+    rows = std::max<int64_t>(1, std::min(down, target / columns));
+    group_rows = ceil_div(down, rows);
+    rows = ceil_div(down, group_rows);
+  }
+
+  struct Group {
+    int64_t n, h, w;         // the first pixel
+    int64_t rows, columns;   // tiles
+    int64_t height, width;   // pixels inside the map
+    int64_t tiles() const { return rows * columns; }
+  };
+
+  int64_t per_sample() const { return group_rows * group_columns; }
+  int64_t count() const { return N * per_sample(); }
+  int64_t max_tiles() const { return rows * columns; }
+
+  Group group(int64_t g) const {
+    const int64_t in_sample = g % per_sample();
+    Group out;
+    out.n = g / per_sample();
+    out.h = in_sample / group_columns * rows * kTile;
+    out.w = in_sample % group_columns * columns * kTile;
+    out.height = std::min(rows * kTile, H - out.h);
+    out.width = std::min(columns * kTile, W - out.w);
+    out.rows = ceil_div(out.height, kTile);
+    out.columns = ceil_div(out.width, kTile);
+    return out;
+  }
+};
+
+// A source and its pending resampling.
+template <class T>
+struct Pending {
+  Source<T> source;
+  Mode mode;
+  bool plain;  // no affine, no activation
+  UpsampleTaps<acc_t<T>> taps;
+};
+
+// What a convolution reads: sources side by side in the channels, each resampled to H x W.
+template <class T>
+struct Input {
+  std::vector<Pending<T>> sources;
+  int64_t N, H, W, C;
+};
+
+// Channels [c, c + count) of a source.
+template <class T>
+Source<T> channels(Source<T> s, int64_t c, int64_t count) {
+  s.y.data += c;
+  s.y.C = count;
+  s.center += c;
+  s.scale += c;
+  s.shift += c;
+  return s;
+}
+
+// One row of tiles: the patch of pixels [h, h + kIn) x [w, w + columns) of one block of channels,
+// transformed down its columns. z: [6][columns][16]
+template <class Transform, bool kPlain, class T>
+void transform_columns(const Source<T>& s, int64_t n, int64_t h, int64_t w, int64_t columns,
+                       int64_t H, int64_t W, float* z) {
+  constexpr int kIn = Transform::kIn;
+  const Placement place(Mode::none, s.y.H, s.y.W, H, W);
+  const int64_t row = columns * kBlock;
+  const T* rows[kIn];
+  bool inside[kIn], all = true;
+  for (int i = 0; i < kIn; ++i) {
+    const int64_t to = h + i, from = to - place.top;
+    inside[i] = to >= 0 && to < H && from >= 0 && from < s.y.H;
+    rows[i] = inside[i] ? s.y.at(n, from) : nullptr;
+    all &= inside[i];
+  }
+  const int64_t first = std::max({int64_t{0}, -w, place.left - w});
+  const int64_t last = std::min({columns, W - w, place.left + s.y.W - w});
+  if (first >= last) return zero(z, 6 * columns, kBlock, kBlock);
+  for (int i = 0; i < 6; ++i) {
+    zero(z + i * row, first, kBlock, kBlock);
+    zero(z + i * row + last * kBlock, columns - last, kBlock, kBlock);
+  }
+  for (int64_t c = 0; c < s.y.C; c += kLanes) {
+    const auto run = [&](auto lanes, auto check) {
+      const Channels<float> channel(s, n, c, lanes);
+      for (int64_t x = first; x < last; ++x) {
+        const int64_t offset = (w + x - place.left) * s.y.sw + c;
+        vfloat d[kIn], out[6];
+#pragma GCC unroll 6
+        for (int i = 0; i < kIn; ++i) {
+          if (check && !inside[i]) {
+            d[i] = vfloat{};
+            continue;
+          }
+          d[i] = load(rows[i] + offset, lanes);
+          if constexpr (!kPlain) d[i] = channel(d[i]);
+        }
+        Transform::apply(d, out);
+#pragma GCC unroll 6
+        for (int i = 0; i < 6; ++i) store(z + i * row + x * kBlock + c, out[i]);
+      }
+    };
+    const int64_t left = s.y.C - c;
+    if (left < kLanes)
+      run(static_cast<int>(left), std::true_type{});
+    else if (all)
+      run(std::integral_constant<int, kLanes>{}, std::false_type{});
+    else
+      run(std::integral_constant<int, kLanes>{}, std::true_type{});
+  }
+}
+
+// The same of a patch that is there already, [kIn][columns][16].
+template <class Transform>
+void transform_columns(const float* patch, int64_t columns, float* z) {
+  const int64_t row = columns * kBlock;
+  for (int64_t x = 0; x < row; x += kLanes) {
+    vfloat d[Transform::kIn], out[6];
+#pragma GCC unroll 6
+    for (int i = 0; i < Transform::kIn; ++i) d[i] = load(patch + i * row + x);
+    Transform::apply(d, out);
+#pragma GCC unroll 6
+    for (int i = 0; i < 6; ++i) store(z + i * row + x, out[i]);
+  }
+}
+
+// Then along its rows, tile by tile, to where the products read it.
+template <class Transform>
+void transform_rows(const float* z, int64_t columns, int64_t tiles, float* v, int64_t plane) {
+  for (int i = 0; i < 6; ++i, z += columns * kBlock, v += 6 * plane) {
+    for (int64_t t = 0; t < tiles; ++t)
+#pragma GCC unroll 2
+      for (int c = 0; c < kBlock; c += kLanes) {
+        vfloat d[Transform::kIn], out[6];
+#pragma GCC unroll 6
+        for (int j = 0; j < Transform::kIn; ++j)
+          d[j] = load(z + (t * kTile + j) * kBlock + c);
+        Transform::apply(d, out);
+#pragma GCC unroll 6
+        for (int j = 0; j < 6; ++j) store(v + j * plane + t * kBlock + c, out[j]);
+      }
+  }
+}
+
+// Transforms sources to panels, a group of tiles at a time.
+template <class Transform, class T>
+class Reader {
+ public:
+  explicit Reader(const Input<T>& input) : in_(input) {}
+
+  static int64_t scratch_floats(const Tiling& tiling) {
+    return 2 * 6 * (tiling.columns * kTile + 2) * kBlock;
+  }
+
+  // Blocks [begin, end) of channels of a group, to tiles [tile, tile + group.tiles()) of v.
+  void read(const Tiling::Group& g, int64_t begin, int64_t end, const Panels& v, int64_t tile,
+            float* scratch) const {
+    const int64_t columns = g.columns * kTile + 2 * Transform::kHalo;
+    float* z = scratch;
+    float* patch = scratch + 6 * columns * kBlock;
+    for (int64_t b = begin; b < end; ++b)
+      for (int64_t r = 0; r < g.rows; ++r) {
+        const int64_t h = g.h + r * kTile - Transform::kHalo, w = g.w - Transform::kHalo;
+        transform_block(b * kBlock, g.n, h, w, columns, z, patch);
+        transform_rows<Transform>(z, columns, g.columns, v.at(0, b, tile + r * g.columns),
+                                  v.plane());
+      }
+  }
+
+ private:
+  void transform_block(int64_t first, int64_t n, int64_t h, int64_t w, int64_t columns, float* z,
+                       float* patch) const {
+    const int64_t last = std::min(first + kBlock, in_.C);
+    bool patched = false;
+    int64_t begin = 0;  // of the source's channels
+    for (const Pending<T>& p : in_.sources) {
+      const int64_t end = begin + p.source.y.C;
+      const int64_t c0 = std::max(first, begin), c1 = std::min(last, end);
+      if (c0 < c1) {
+        const Source<T> part = channels(p.source, c0 - begin, c1 - c0);
+        if (p.mode == Mode::none && c0 == first && c1 == last) {
+          if (c1 - c0 < kBlock) zero(z, 6 * columns, kBlock, kBlock);
+          if (p.plain)
+            return transform_columns<Transform, true>(part, n, h, w, columns, in_.H, in_.W, z);
+          return transform_columns<Transform, false>(part, n, h, w, columns, in_.H, in_.W, z);
+        }
+        if (!patched && last - first < kBlock)
+          zero(patch, Transform::kIn * columns, kBlock, kBlock);
+        patched = true;
+        const Resample<T> resample(part, in_.H, in_.W, p.mode, p.taps);
+        typename Resample<T>::Rows rows;
+        for (int i = 0; i < Transform::kIn; ++i)
+          resample.row(n, h + i, w, w + columns, patch + i * columns * kBlock + c0 - first, kBlock,
+                       rows);
+      }
+      begin = end;
+    }
+    transform_columns<Transform>(patch, columns, z);
+  }
+
+  const Input<T>& in_;
+};
+
+// One block of output channels of one tile, [height, width] pixels of which are inside the map.
+template <class T>
+FASTUNET_INLINE void write_tile(const float* m, int64_t plane, const Map<T>& y, int64_t n,
+                                int64_t h, int64_t w, int64_t c) {
+  const int64_t height = y.H - h, width = y.W - w;
+  T* to = y.at(n, h, w) + c;
+  for (int i = 0; i < kBlock && c + i < y.C; i += kLanes, m += kLanes, to += kLanes) {
+    const auto from = [&](int r, int s) { return load(m + (r * kPatch + s) * plane); };
+    const int64_t lanes = y.C - c - i;
+    if (lanes >= kLanes && height >= kTile && width >= kTile) {
+      transform_square<OutputTransform>(
+          from, [&](int r, int s, vfloat value) { store(to + r * y.sh + s * y.sw, value); });
+    } else {
+      const int count = static_cast<int>(std::min<int64_t>(lanes, kLanes));
+      transform_square<OutputTransform>(from, [&](int r, int s, vfloat value) {
+        if (r < height && s < width) store(to + r * y.sh + s * y.sw, value, count);
+      });
+    }
+  }
+}
+
+// Blocks [begin, end) of output channels of a group, from tiles [tile, ...) of m, whose first block
+// is `begin`.
+template <class T>
+void write_group(const Tiling::Group& g, int64_t begin, int64_t end, const Panels& m, int64_t tile,
+                 const Map<T>& y) {
+  for (int64_t b = begin; b < end; ++b)
+    for (int64_t r = 0; r < g.rows; ++r)
+      for (int64_t s = 0; s < g.columns; ++s)
+        write_tile(m.at(0, b - begin, tile + r * g.columns + s), m.plane(), y, g.n,
+                   g.h + r * kTile, g.w + s * kTile, b * kBlock);
+}
+
+}  // namespace fastunet
