@@ -1,8 +1,8 @@
 """Builds the compiled CPU kernels against the torch that is installed.
 
 One source, three builds: baseline x86-64 (any processor elsewhere), AVX2 and AVX-512. The package
-loads the one that the processor can run. The extension uses torch's stable ABI and Python's limited API, so
-one build serves every torch >= 2.11 and every Python >= 3.10.
+loads the one that the processor can run. The extension uses torch's stable ABI and Python's limited
+API, so one build serves every torch >= 2.11 and every Python >= 3.10.
 
 FASTUNET_CPU=0    skip the compiled kernels
 FASTUNET_CPU=1    fail the build where they cannot be compiled (otherwise the package is installed

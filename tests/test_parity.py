@@ -69,9 +69,9 @@ def test_float64(options, mode, size, layout):
             assert_same_step(step(*laid_out(fast, x, layout)), expected)
 
 
-def assert_as_accurate(options, mode, size, layout, autocast=None, seeds=2, winner=1e-6):
-    """At most twice plain PyTorch's distance from float64, over some seeds: logits, gradients and
-    buffers, each as a whole and each tensor by itself. For a tensor, the distance that is usual
+def assert_as_accurate(options, mode, size, layout, autocast=None, seeds=2, winner=1e-6, times=2):
+    """At most ``times`` plain PyTorch's distance from float64, over some seeds: logits, gradients
+    and buffers, each as a whole and each tensor by itself. For a tensor, the distance that is usual
     for its kind counts where plain PyTorch is by luck closer.
 
     ``winner`` is what one pool winner that differs may move in all gradients; in the few numbers
@@ -97,17 +97,18 @@ def assert_as_accurate(options, mode, size, layout, autocast=None, seeds=2, winn
         names = [name for name in exact if kind(name) == k]
         usual = over_seeds(plains, names) if names else 0.0
         for some in filter(None, (names, *([name] for name in names))):
-            budget = 2 * max(usual, over_seeds(plains, some))
+            budget = times * max(usual, over_seeds(plains, some))
             budget += winner * (1 if some is names else 10) if k == "gradients" else 1e-6
             distance = over_seeds(mine, some)
             if not distance <= budget:
                 far[k if some is names else some[0]] = f"{distance:.2e} > {budget:.2e}"
-    assert not far, f"further from float64 than twice plain PyTorch: {far}"
+    assert not far, f"further from float64 than {times} times plain PyTorch: {far}"
 
 
 @matrix(every=2)
 def test_float32(options, mode, size, layout):
-    assert_as_accurate(options, mode, size, layout)
+    # Winograd's convolution rounds two to three times as much as a direct one.
+    assert_as_accurate(options, mode, size, layout, times=4)
 
 
 @matrix(every=4, sizes=LARGER, layouts=("contiguous", "both"))

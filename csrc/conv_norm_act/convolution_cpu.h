@@ -104,8 +104,7 @@ class Convolution {
       const int64_t tiles = offsets.back();
       const Panels v{shared_workspace().get(Panels::floats(inputs, tiles)), inputs, tiles};
       torch::stable::parallel_for(0, (last - first) * inputs, 1, [&](int64_t begin, int64_t end) {
-        float* scratch =
-            thread_workspace().get(Reader<InputTransform, T>::scratch_floats(tiling));
+        float* scratch = thread_workspace().get(Reader<InputTransform, T>::scratch_floats(tiling));
         for (int64_t task = begin; task < end; ++task) {
           const int64_t g = task / inputs, b = task % inputs;
           reader_.read(tiling.group(first + g), b, b + 1, v, offsets[g], scratch);
@@ -131,8 +130,9 @@ class Convolution {
   void outputs_of(const Tiling& tiling, const Panels& v, const std::vector<int64_t>& offsets,
                   int64_t first, int64_t g0, int64_t g1, int64_t begin, int64_t end) {
     const int64_t tiles = offsets[g1] - offsets[g0], blocks = end - begin;
-    const int64_t at_once = std::max<int64_t>(
-        1, l2_bytes() * 3 / 10 / (kPoints * kBlocks * kBlock * kBlock * 4)) * kBlock;
+    const int64_t at_once =
+        std::max<int64_t>(1, l2_bytes() * 3 / 10 / (kPoints * kBlocks * kBlock * kBlock * 4)) *
+        kBlock;
     const int64_t depth = std::min(at_once, in_.C);
     const int64_t u_plane = blocks * depth * kBlock + kBlock;
     const int64_t m_floats = Panels::floats(blocks, tiles);
@@ -191,7 +191,9 @@ class WeightGrad {
   static int64_t scratch_floats(const Tiling& tiling) {
     return Reader<InputTransform, T>::scratch_floats(tiling);
   }
-  int64_t sum_floats() const { return blocks_of(x_.C) * kBlock * kTaps * blocks_of(dy_.C) * kBlock; }
+  int64_t sum_floats() const {
+    return blocks_of(x_.C) * kBlock * kTaps * blocks_of(dy_.C) * kBlock;
+  }
 
   void by_group(const Tiling& tiling) {
     const int64_t inputs = blocks_of(x_.C), outputs = blocks_of(dy_.C);
@@ -208,16 +210,15 @@ class WeightGrad {
       for (int64_t share = begin; share < end; ++share) {
         float* sum = sums + share * sum_floats();
         std::fill_n(sum, sum_floats(), 0.0f);
-        for (int64_t g = tiling.count() * share / shares;
-             g < tiling.count() * (share + 1) / shares; ++g) {
+        for (int64_t g = tiling.count() * share / shares; g < tiling.count() * (share + 1) / shares;
+             ++g) {
           const Tiling::Group group = tiling.group(g);
           const Panels v{scratch, inputs, group.tiles()};
           const Panels d{scratch + v_floats, outputs, group.tiles()};
           read_x_.read(group, 0, inputs, v, 0, product + product_floats());
           read_dy_.read(group, 0, outputs, d, 0, product + product_floats());
           for (int64_t i = 0; i < inputs; ++i)
-            for (int64_t o = 0; o < outputs; o += kBlocks)
-              add_product(v, d, i, o, product, sum);
+            for (int64_t o = 0; o < outputs; o += kBlocks) add_product(v, d, i, o, product, sum);
         }
       }
     });

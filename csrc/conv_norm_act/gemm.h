@@ -1,6 +1,6 @@
 // The two products of Winograd's algorithm, per point, on channels in blocks of 16:
-//   multiply     m[n][t] (+)= sum over k of v[k][t] * u[n][k]     forward: k input, n output channels
-//   correlate    du[i][n]  =  sum over t of v[i][t] * d[n][t]     weight gradient, t tiles
+//   multiply     m[n][t] (+)= sum over k of v[k][t] * u[n][k]     forward: k input, n output
+//   channels correlate    du[i][n]  =  sum over t of v[i][t] * d[n][t]     weight gradient, t tiles
 #pragma once
 
 #include <utility>
@@ -9,8 +9,8 @@
 
 namespace fastunet {
 
-inline constexpr int kBlock = 16;                // channels: one cache line of floats
-inline constexpr int kVecs = kBlock / kLanes;    // vectors per block
+inline constexpr int kBlock = 16;              // channels: one cache line of floats
+inline constexpr int kVecs = kBlock / kLanes;  // vectors per block
 
 // Register tiles: as many accumulators as the registers leave beside one row of operands.
 #if defined(__AVX512F__)
@@ -27,7 +27,9 @@ struct Panels {
   float* data;
   int64_t blocks, tiles;
 
-  static int64_t floats(int64_t blocks, int64_t tiles) { return 36 * (blocks * tiles + 1) * kBlock; }
+  static int64_t floats(int64_t blocks, int64_t tiles) {
+    return 36 * (blocks * tiles + 1) * kBlock;
+  }
   int64_t plane() const { return (blocks * tiles + 1) * kBlock; }
   int64_t block() const { return tiles * kBlock; }
   float* at(int64_t point, int64_t b, int64_t tile = 0) const {

@@ -113,6 +113,19 @@ void finalize(const ChunkMoments<T>& chunks, const Grouping& g, const acc_t<T>* 
   }
 }
 
+// Without statistics of the batch: by running ones, or (mean null) none at all.
+template <class A>
+void fixed_normalization(int64_t C, const A* bias, const A* gamma, const A* beta, const A* mean,
+                         const A* var, double eps, const Normalization<A>& out) {
+  for (int64_t c = 0; c < C; ++c) {
+    const A b = bias ? bias[c] : 0;
+    out.center[c] = mean ? mean[c] - b : 0;
+    out.scale[c] = mean ? static_cast<A>((gamma ? gamma[c] : 1) / std::sqrt(var[c] + eps)) : 1;
+    out.shift[c] = mean ? (beta ? beta[c] : 0) : b;
+    out.var[c] = mean ? var[c] : 1;
+  }
+}
+
 // dy_total = dy + slope * (y - center) + offset, per row and channel, from the sums that the
 // readers formed:
 //   slope = -rstd^2 * sum(scale * dscale) / M,  offset = -sum(scale * dshift) / M

@@ -11,8 +11,8 @@ namespace fastunet {
 // The tiles of all samples in groups: rectangles of rows x columns tiles (fewer at the edges).
 struct Tiling {
   int64_t N, H, W;
-  int64_t rows, columns;                // tiles per group
-  int64_t group_rows, group_columns;    // groups per sample
+  int64_t rows, columns;              // tiles per group
+  int64_t group_rows, group_columns;  // groups per sample
 
   // Groups of about `target` tiles, rows of tiles before columns.
   Tiling(int64_t N, int64_t H, int64_t W, int64_t target) : N(N), H(H), W(W) {
@@ -25,9 +25,9 @@ struct Tiling {
   }
 
   struct Group {
-    int64_t n, h, w;         // the first pixel
-    int64_t rows, columns;   // tiles
-    int64_t height, width;   // pixels inside the map
+    int64_t n, h, w;        // the first pixel
+    int64_t rows, columns;  // tiles
+    int64_t height, width;  // pixels inside the map
     int64_t tiles() const { return rows * columns; }
   };
 
@@ -152,8 +152,7 @@ void transform_rows(const float* z, int64_t columns, int64_t tiles, float* v, in
       for (int c = 0; c < kBlock; c += kLanes) {
         vfloat d[Transform::kIn], out[6];
 #pragma GCC unroll 6
-        for (int j = 0; j < Transform::kIn; ++j)
-          d[j] = load(z + (t * kTile + j) * kBlock + c);
+        for (int j = 0; j < Transform::kIn; ++j) d[j] = load(z + (t * kTile + j) * kBlock + c);
         Transform::apply(d, out);
 #pragma GCC unroll 6
         for (int j = 0; j < 6; ++j) store(v + j * plane + t * kBlock + c, out[j]);
@@ -249,8 +248,8 @@ void write_group(const Tiling::Group& g, int64_t begin, int64_t end, const Panel
   for (int64_t b = begin; b < end; ++b)
     for (int64_t r = 0; r < g.rows; ++r)
       for (int64_t s = 0; s < g.columns; ++s)
-        write_tile(m.at(0, b - begin, tile + r * g.columns + s), m.plane(), y, g.n,
-                   g.h + r * kTile, g.w + s * kTile, b * kBlock);
+        write_tile(m.at(0, b - begin, tile + r * g.columns + s), m.plane(), y, g.n, g.h + r * kTile,
+                   g.w + s * kTile, b * kBlock);
 }
 
 }  // namespace fastunet

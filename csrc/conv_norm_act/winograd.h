@@ -15,8 +15,8 @@
 
 namespace fastunet {
 
-inline constexpr int kTile = 4;               // outputs per side
-inline constexpr int kPatch = 6;              // inputs per side, and interpolation points
+inline constexpr int kTile = 4;   // outputs per side
+inline constexpr int kPatch = 6;  // inputs per side, and interpolation points
 inline constexpr int kPoints = kPatch * kPatch;
 inline constexpr float kA = 0.70710678118654752f, kB = 1.41421356237309505f;
 

@@ -1,8 +1,10 @@
-"""conv_norm_act and conv_transpose: PyTorch's own convolutions, a backend's kernels around them.
+"""conv_norm_act and conv_transpose, put together from a backend's kernels.
 
-``kernels`` is a backend module: resample, resample_bwd, normalization, normalization_bwd. The
-sources are materialised into a temporary map, and again in backward: nothing but the convolutions'
-outputs is ever saved.
+``kernels`` is a backend module: ``resample``, ``resample_bwd``, ``normalization``,
+``normalization_bwd``; and where ``convolves`` says so, convolutions of its own, which read the
+sources as they are: ``conv_norm_act``, ``convolution_input_grad``, ``convolution_weight_grad``.
+Elsewhere PyTorch's convolution reads a temporary map, made again in backward. Nothing but the
+convolutions' outputs is ever saved.
 """
 
 from collections.abc import Sequence
@@ -12,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastunet import aten_convolution
 from fastunet.activation import Activation
 from fastunet.reference.normalization import affine_bwd
 from fastunet.reference.resample import accumulate_dtype, per_channel
@@ -48,8 +51,9 @@ def conv_norm_act(
     norm: Norm,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y, center, scale, shift, var."""
-    x = gather(kernels, sources)
-    y = convolution(x, weight.to(x.dtype))
+    if kernels.convolves(sources[0].y):
+        return kernels.conv_norm_act(sources, weight, bias, norm)
+    y = aten_convolution.convolution(kernels, sources, weight)
     vectors = accumulate_dtype(y.dtype)
     bias, gamma, beta = (as_dtype(t, vectors) for t in (bias, norm.gamma, norm.beta))
     if norm.kind in ("batch", "group"):
@@ -105,20 +109,26 @@ def conv_norm_act_bwd(
         total = sources[0].y.new_zeros(shape) if grads.dy is None else grads.dy
     dbias = dbias_of(norm, bias, grads, y, center, scale, var)
 
-    # Source by source, so that neither the concatenation nor its gradient exists.
-    dweights, of_sources, channel = [], [], 0
+    ours = kernels.convolves(total)
     need_weight, *need_sources = needs
+    dweight = None
+    if need_weight:
+        if ours:
+            dweight = kernels.convolution_weight_grad(total, sources, weight)
+        else:
+            dweight = aten_convolution.convolution_weight_grad(kernels, total, sources, weight)
+        dweight = like_parameter(dweight, weight)
+    # Source by source, so that the gradient of the concatenation need not exist.
+    input_grad = (kernels if ours else aten_convolution).convolution_input_grad
+    of_sources, channel = [], 0
     for source, need_source in zip(sources, need_sources, strict=True):
-        part = weight.narrow(1, channel, source.y.size(1))
-        channel += source.y.size(1)
-        if need_weight:
-            dweights.append(conv_weight_grad(total, gather(kernels, [source]), part))
+        channels = source.y.size(1)
         grads_of_source = SourceGrads()
         if need_source:
-            dx = conv_input_grad(kernels, total, part)
+            dx = input_grad(total, weight.narrow(1, channel, channels))
             grads_of_source = SourceGrads(*kernels.resample_bwd(source, dx))
         of_sources.append(grads_of_source)
-    dweight = like_parameter(torch.cat(dweights, 1), weight) if need_weight else None
+        channel += channels
     return dweight, dbias, dgamma, dbeta, of_sources
 
 
@@ -154,87 +164,20 @@ def dbias_of(
     return terms.sum(0)
 
 
-# stride, padding, dilation, transposed, output padding, groups
-CONVOLUTION = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
-TRANSPOSED = ([2, 2], [0, 0], [1, 1], True, [0, 0], 1)
-
-
 def conv_transpose(
     kernels: ModuleType, source: Activation, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
     """The 2x2 stride 2 transposed convolution of a source, channels_last."""
-    x = gather(kernels, [source])
-    low, low_bias = weight.to(x.dtype), as_dtype(bias, x.dtype)
-    y = torch.ops.aten.convolution(x, low, low_bias, *TRANSPOSED)
-    return y.contiguous(memory_format=torch.channels_last)
+    return aten_convolution.transposed(kernels, source, weight, bias)
 
 
 def conv_transpose_bwd(
     kernels: ModuleType, dy: Tensor, source: Activation, needs: Sequence[bool], weight: Tensor
 ) -> tuple[Tensor | None, Tensor, SourceGrads]:
     """dweight, dbias and the source's gradients; needs: weight, source."""
-    need_weight, need_source = needs
-    x = gather(kernels, [source])
-    dy = dy.contiguous(memory_format=torch.channels_last)
-    dx, dweight, dbias = torch.ops.aten.convolution_backward(
-        dy,
-        x,
-        weight.to(x.dtype),
-        [weight.size(1)],
-        *TRANSPOSED,
-        [need_source, need_weight, True],
-    )
-    of_source = SourceGrads(*kernels.resample_bwd(source, dx)) if need_source else SourceGrads()
+    dx, dweight, dbias = aten_convolution.transposed_bwd(kernels, dy, source, needs, weight)
+    of_source = SourceGrads() if dx is None else SourceGrads(*kernels.resample_bwd(source, dx))
     return like_parameter(dweight, weight), dbias.to(accumulate_dtype(dy.dtype)), of_source
-
-
-def gather(kernels: ModuleType, sources: Sequence[Activation]) -> Tensor:
-    """The convolution's input, channels_last: the sources' maps side by side."""
-    if len(sources) == 1 and not sources[0].pending:
-        return sources[0].y.contiguous(memory_format=torch.channels_last)
-    y, channel = sources[0].y, 0
-    x = torch.empty(
-        (y.size(0), sum(s.y.size(1) for s in sources), *sources[0].size),
-        dtype=y.dtype,
-        device=y.device,
-        memory_format=torch.channels_last,
-    )
-    for source in sources:
-        channels = source.y.size(1)
-        kernels.resample(source, out=x.narrow(1, channel, channels))
-        channel += channels
-    return x
-
-
-def convolution(x: Tensor, weight: Tensor) -> Tensor:
-    """3x3, padding 1, without bias; the result is channels_last."""
-    (x,) = favoured_layout(weight, x, deep=16)
-    y = torch.ops.aten.convolution(x, weight, None, *CONVOLUTION)
-    return y.contiguous(memory_format=torch.channels_last)
-
-
-def conv_input_grad(kernels: ModuleType, dy: Tensor, weight: Tensor) -> Tensor:
-    """The gradient of the convolution's input, channels_last."""
-    channels = weight.size(1)
-    low = weight.to(dy.dtype)
-    if low.numel() < dy.numel():
-        # A convolution with the weight turned around. convolution_backward does the same, but it
-        # wants the input in memory, although it does not read it.
-        return convolution(dy, kernels.turn_weight(low))
-    unread = dy.new_empty((dy.size(0), channels, dy.size(2), dy.size(3)))
-    dy, unread = favoured_layout(low, dy, unread, deep=2.5)
-    dx = torch.ops.aten.convolution_backward(
-        dy, unread, low, None, *CONVOLUTION, [True, False, False]
-    )[0]
-    return dx.contiguous(memory_format=torch.channels_last)
-
-
-def conv_weight_grad(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    low = weight.to(x.dtype)
-    dy, x = favoured_layout(low, dy, x, deep=2.5)
-    return torch.ops.aten.convolution_backward(
-        dy, x, low, None, *CONVOLUTION, [False, True, False]
-    )[1]
 
 
 def like_parameter(grad: Tensor | None, parameter: Tensor) -> Tensor | None:
@@ -244,22 +187,6 @@ def like_parameter(grad: Tensor | None, parameter: Tensor) -> Tensor | None:
     if grad.dtype == parameter.dtype and grad.stride() == parameter.stride():
         return grad
     return torch.empty_like(parameter).copy_(grad)
-
-
-def favoured_layout(weight: Tensor, *maps: Tensor, deep: float) -> tuple[Tensor, ...]:
-    """The maps in the memory format in which PyTorch's convolution is fastest.
-
-    Channels_last, but on the CPU contiguous where the weight is more than ``deep`` times larger
-    than the maps (the lowest levels of wide networks): there oneDNN is up to 4x faster on
-    contiguous maps, and converting those costs next to nothing.
-    """
-    pixels = maps[0].numel() // max(1, maps[0].size(1))
-    contiguous = (
-        weight.device.type == "cpu"
-        and weight.numel() > deep * (weight.size(0) + weight.size(1)) * pixels
-    )
-    memory_format = torch.contiguous_format if contiguous else torch.channels_last
-    return tuple(t.contiguous(memory_format=memory_format) for t in maps)
 
 
 def as_dtype(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:

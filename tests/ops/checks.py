@@ -39,12 +39,18 @@ def assert_within(got, want, budget):
     """Relative L2 error of every result.
 
     Inputs are of order one, so a sum that comes to less has cancelled: then the error is absolute.
+    The sums over pixels, dscale and dshift, are judged by their terms: those of dy, but for
+    the factor scale of order one.
     """
     assert got.keys() == want.keys()
     for name, exact in want.items():
         assert got[name].shape == exact.shape, name
         error = (got[name].double() - exact.double()).norm().item()
-        limit = budget * max(exact.norm().item(), exact.numel() ** 0.5)
+        scale = max(exact.norm().item(), exact.numel() ** 0.5)
+        if name.startswith(("dscale", "dshift")):
+            terms = want[name.replace("scale", "y").replace("shift", "y")]
+            scale = max(scale, 2 * terms.norm().item())
+        limit = budget * scale
         assert error <= limit, f"{name}: |error| {error:.3g} > {limit:.3g}"
 
 

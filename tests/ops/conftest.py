@@ -11,7 +11,7 @@ from torch.utils import deterministic
 import fastunet
 from fastunet import extension
 
-BUILDS = ("avx2", "default")
+BUILDS = ("avx512", "avx2", "default")
 
 
 def use_build(build, monkeypatch):
@@ -19,11 +19,24 @@ def use_build(build, monkeypatch):
     built, why = extension.load()
     if built is None:
         pytest.skip(f"the compiled kernels are missing: {why}")
-    if build == "avx2" and built != "avx2":
-        pytest.skip("the AVX2 build is missing, or this processor has no AVX2")
+    if BUILDS.index(build) < BUILDS.index(built):
+        pytest.skip(f"the build for {build} is missing, or this processor cannot run it")
     (library,) = extension.PACKAGE.glob(f"_cpu_{build}.*")
     torch.ops.load_library(library)
     monkeypatch.setattr(extension, "load", lambda: (build, ""))
+
+
+def all_builds(function, monkeypatch):
+    """The function's result with each build that this processor can run."""
+    built, why = extension.load()
+    if built is None:
+        pytest.skip(f"the compiled kernels are missing: {why}")
+    results = []
+    for build in BUILDS[BUILDS.index(built) :]:
+        use_build(build, monkeypatch)
+        with fastunet.backend("cpu"):
+            results.append(function())
+    return results
 
 
 @pytest.fixture

@@ -1,23 +1,31 @@
-"""The backend ``cpu``: compiled C++ kernels around PyTorch's convolution."""
+"""The backend ``cpu``: compiled C++ kernels."""
 
 import torch
 from torch import Tensor
 
 from fastunet import extension
 
+from .conv_norm_act import (
+    conv_norm_act,
+    convolution_input_grad,
+    convolution_weight_grad,
+    convolves,
+)
 from .head import head, head_bwd
 from .normalization import normalization, normalization_bwd
 from .resample import resample, resample_bwd
-from .turn_weight import turn_weight
 
 __all__ = [
+    "conv_norm_act",
+    "convolution_input_grad",
+    "convolution_weight_grad",
+    "convolves",
     "head",
     "head_bwd",
     "normalization",
     "normalization_bwd",
     "resample",
     "resample_bwd",
-    "turn_weight",
     "why_not",
 ]
 

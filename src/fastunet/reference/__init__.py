@@ -9,7 +9,6 @@ from torch import Tensor
 from .head import head, head_bwd
 from .normalization import normalization, normalization_bwd
 from .resample import resample, resample_bwd
-from .turn_weight import turn_weight
 from .unet import DoubleConv, Down, OutConv, UNet, Up
 
 __all__ = [
@@ -18,13 +17,13 @@ __all__ = [
     "OutConv",
     "UNet",
     "Up",
+    "convolves",
     "head",
     "head_bwd",
     "normalization",
     "normalization_bwd",
     "resample",
     "resample_bwd",
-    "turn_weight",
     "why_not",
 ]
 
@@ -32,3 +31,8 @@ __all__ = [
 def why_not(x: Tensor) -> str:
     """Why this backend cannot serve operators on ``x``; empty where it can."""
     return "" if x.dtype.is_floating_point else f"the dtype must be floating point, got {x.dtype}"
+
+
+def convolves(x: Tensor) -> bool:
+    """Whether this backend has convolutions of its own for such maps: no, PyTorch's are used."""
+    return False
