@@ -12,15 +12,25 @@ struct SourceArguments {
   int64_t mode;
 };
 
+#define FASTUNET_SOURCES                                                                   \
+  "Tensor? y0, Tensor? center0, Tensor? scale0, Tensor? shift0, float slope0, int mode0, " \
+  "Tensor? y1, Tensor? center1, Tensor? scale1, Tensor? shift1, float slope1, int mode1"
+#define FASTUNET_SOURCE_PARAMETERS                                                   \
+  const MaybeTensor y0, const MaybeTensor center0, const MaybeTensor scale0,         \
+      const MaybeTensor shift0, double slope0, int64_t mode0, const MaybeTensor y1,  \
+      const MaybeTensor center1, const MaybeTensor scale1, const MaybeTensor shift1, \
+      double slope1, int64_t mode1
+#define FASTUNET_SOURCE_ARGUMENTS \
+  {y0, center0, scale0, shift0, slope0, mode0}, { y1, center1, scale1, shift1, slope1, mode1 }
+
 // An identity affine, for plain maps.
-template <class A>
 struct Identity {
-  std::vector<A> zeros, ones;
-  explicit Identity(int64_t C) : zeros(C, A(0)), ones(C, A(1)) {}
+  std::vector<float> zeros, ones;
+  explicit Identity(int64_t C) : zeros(C, 0.0f), ones(C, 1.0f) {}
 };
 
 template <class T, class Size>
-Input<T> input(const Map<Size>& size, const Identity<acc_t<T>>& identity,
+Input<T> input(const Map<Size>& size, const Identity& identity,
                std::initializer_list<SourceArguments> arguments) {
   Input<T> in{{}, size.N, size.H, size.W, 0};
   for (const SourceArguments& a : arguments) {
@@ -30,7 +40,7 @@ Input<T> input(const Map<Size>& size, const Identity<acc_t<T>>& identity,
     require(m.N == size.N, "sources must have the samples of the output, ", size.N, ", got ", m.N);
     Source<T> s{m, identity.zeros.data(), identity.ones.data(), identity.zeros.data(), 0, 1};
     if (a.scale) s = source<T>(*a.y, *a.center, *a.scale, *a.shift, a.slope);
-    in.sources.push_back({s, mode, !a.scale, {mode, m.H, m.W}});
+    in.sources.emplace_back(s, mode, a.scale ? Load::affine : Load::plain);
     in.C += m.C;
   }
   return in;
@@ -63,42 +73,30 @@ void dispatch_fp32_arithmetic(ScalarType dtype, F f) {
   }
 }
 
-// What normalises the output, as values per row and channel.
-struct Vectors {
-  Tensor &center, &scale, &shift, &var;
-
-  Normalization<float> of(int64_t count) const {
-    return {rows<float>(center, count, "center"), rows<float>(scale, count, "scale"),
-            rows<float>(shift, count, "shift"), rows<float>(var, count, "var")};
-  }
-};
-
-void conv_norm_act(Tensor out, const Tensor y0, const MaybeTensor center0, const MaybeTensor scale0,
-                   const MaybeTensor shift0, double slope0, int64_t mode0, const MaybeTensor y1,
-                   const MaybeTensor center1, const MaybeTensor scale1, const MaybeTensor shift1,
-                   double slope1, int64_t mode1, const Tensor weight, std::string norm,
+void conv_norm_act(Tensor out, FASTUNET_SOURCE_PARAMETERS, const Tensor weight, std::string norm,
                    const MaybeTensor bias, const MaybeTensor gamma, const MaybeTensor beta,
                    const MaybeTensor mean, const MaybeTensor variance, int64_t groups, double eps,
                    Tensor center, Tensor scale, Tensor shift, Tensor var) {
-  const MaybeTensor first = y0;
   dispatch_fp32_arithmetic(out.scalar_type(), [&](auto t) {
     using T = decltype(t);
     const Map<T> to = output_map<T>(out, "out");
     const Weight w = weight_view(weight, false);
-    const Identity<float> identity(w.K);
-    const Input<T> in = input<T>(to, identity,
-                                 {{first, center0, scale0, shift0, slope0, mode0},
-                                  {y1, center1, scale1, shift1, slope1, mode1}});
+    const Identity identity(w.K);
+    const Input<T> in = input<T>(to, identity, {FASTUNET_SOURCE_ARGUMENTS});
     require(in.C == w.K && to.C == w.N, "weight must fit ", in.C, " input and ", to.C,
             " output channels, got ", shape(weight));
     const bool statistics = norm == "batch" || norm == "group";
     const Grouping g = grouping(to.N, to.C, to.H * to.W, norm == "group" ? groups : 0);
-    const Normalization<float> vectors = Vectors{center, scale, shift, var}.of(g.rows() * to.C);
+    const int64_t count = g.rows() * to.C;
+    const Normalization<float> vectors{
+        rows<float>(center, count, "center"), rows<float>(scale, count, "scale"),
+        rows<float>(shift, count, "shift"), rows<float>(var, count, "var")};
     const float* b = rows<const float>(bias, to.C, "bias");
     const float* ga = rows<const float>(gamma, to.C, "gamma");
     const float* be = rows<const float>(beta, to.C, "beta");
     ChunkMoments<T> moments;
-    if (out.numel() > 0) Convolution<T>(in, w, to, statistics ? &moments : nullptr).run();
+    const RawOutput<T> output{to, statistics ? &moments : nullptr};
+    if (out.numel() > 0) Convolution<T, RawOutput<T>>(in, w, output).run();
     if (statistics) return finalize(moments, g, b, ga, be, eps, vectors);
     const float* m = rows<const float>(mean, to.C, "running_mean");
     const float* v = rows<const float>(variance, to.C, "running_var");
@@ -107,57 +105,113 @@ void conv_norm_act(Tensor out, const Tensor y0, const MaybeTensor center0, const
   });
 }
 
-void convolution_input_grad(Tensor dx, const Tensor dy, const Tensor weight) {
-  const MaybeTensor none, grad = dy;
-  dispatch_fp32_arithmetic(dx.scalar_type(), [&](auto t) {
-    using T = decltype(t);
-    const Map<T> to = output_map<T>(dx, "dx");
-    const Weight w = weight_view(weight, true);
-    const Identity<float> identity(w.K);
-    const Input<T> in = input<T>(to, identity, {{grad, none, none, none, 1, 0}});
-    require(in.C == w.K && to.C == w.N, "weight must fit ", in.C, " output and ", to.C,
-            " input channels, got ", shape(weight));
-    if (dx.numel() > 0) Convolution<T>(in, w, to, nullptr).run();
-  });
+// The gradients that a source gets, where it needs them.
+struct SourceGradArguments {
+  MaybeTensor &dy, &dscale, &dshift;
+};
+
+template <class T>
+void source_grad(const Input<T>& grad, const Weight& weight, const Pending<T>& source,
+                 int64_t rows_of_source, const Tensor& like, const SourceGradArguments& to) {
+  const int64_t C = source.source.y.C, count = rows_of_source * C;
+  const Map<T> dy = output_map<T>(*to.dy, "dy of a source");
+  const Map<const T>& y = source.source.y;
+  float* dscale = rows<float>(to.dscale, count, "dscale of a source");
+  float* dshift = rows<float>(to.dshift, count, "dshift of a source");
+  require(dy.N == y.N && dy.C == C && dy.H == y.H && dy.W == y.W,
+          "dy of a source must have its shape");
+  const bool in_place = source.mode == Mode::none && y.H == grad.H && y.W == grad.W;
+  if (in_place && source.load == Load::plain)
+    return Convolution<T, RawOutput<T>>(grad, weight, {dy, nullptr}).run();
+  if (in_place) {
+    std::vector<float> sums;
+    Convolution<T, SourceGrad<T>>(grad, weight, {source.source, dy, sums}).run();
+    const int64_t groups = static_cast<int64_t>(sums.size()) / (2 * C);
+    if (dscale) sum_chunks(sums.data(), groups, 2 * C, C, rows_of_source, dscale);
+    if (dshift) sum_chunks(sums.data() + C, groups, 2 * C, C, rows_of_source, dshift);
+    return;
+  }
+  const Tensor dz = torch::stable::new_empty(like, {grad.N, grad.H, grad.W, C});
+  const Map<T> map{data<T>(dz, "dz"),   grad.N,     C, grad.H, grad.W,
+                   grad.H * grad.W * C, grad.W * C, C};
+  prefer_huge_pages(map.data, dz.numel() * sizeof(T));
+  Convolution<T, RawOutput<T>>(grad, weight, {map, nullptr}).run();
+  resample_map_bwd<T>(source.source, source.mode, source.taps,
+                      {map.data, map.N, map.C, map.H, map.W, map.sn, map.sh, map.sw}, dy, dscale,
+                      dshift, rows_of_source);
 }
 
-void convolution_weight_grad(Tensor dweight, const Tensor dy, const Tensor y0,
-                             const MaybeTensor center0, const MaybeTensor scale0,
-                             const MaybeTensor shift0, double slope0, int64_t mode0,
-                             const MaybeTensor y1, const MaybeTensor center1,
-                             const MaybeTensor scale1, const MaybeTensor shift1, double slope1,
-                             int64_t mode1) {
-  const MaybeTensor first = y0, none, grad = dy;
+void conv_norm_act_bwd(MaybeTensor dweight, Tensor dgamma, Tensor dbeta, MaybeTensor dy0,
+                       MaybeTensor dscale0, MaybeTensor dshift0, MaybeTensor dy1,
+                       MaybeTensor dscale1, MaybeTensor dshift1, const Tensor dy,
+                       const MaybeTensor dscale, const MaybeTensor dshift,
+                       FASTUNET_SOURCE_PARAMETERS, const Tensor weight, std::string norm,
+                       int64_t groups, double eps, const MaybeTensor y, const Tensor center,
+                       const Tensor scale, const Tensor var) {
   dispatch_fp32_arithmetic(dy.scalar_type(), [&](auto t) {
     using T = decltype(t);
-    const Map<const T> from = map<const T>(dy, "dy");
-    require(dweight.is_contiguous(), "dweight must be contiguous");
-    const Identity<float> identity(std::max(dweight.size(0), dweight.size(1)));
-    const Input<T> x = input<T>(from, identity,
-                                {{first, center0, scale0, shift0, slope0, mode0},
-                                 {y1, center1, scale1, shift1, slope1, mode1}});
-    const Input<T> of_y = input<T>(from, identity, {{grad, none, none, none, 1, 0}});
-    require(dweight.dim() == 4 && dweight.size(0) == from.C && dweight.size(1) == x.C,
-            "dweight must be [", from.C, ", ", x.C, ", 3, 3], got ", shape(dweight));
-    WeightGrad<T>(x, of_y, data<float>(dweight, "dweight")).run();
+    const Map<const T> from = dense_map<const T>(dy, "dy");
+    const Identity identity(std::max(weight.size(0), weight.size(1)));
+    const Input<T> x = input<T>(from, identity, {FASTUNET_SOURCE_ARGUMENTS});
+    require(weight.size(0) == from.C && weight.size(1) == x.C, "weight must be [", from.C, ", ",
+            x.C, ", 3, 3], got ", shape(weight));
+
+    // The gradient of the raw output, formed wherever it is read.
+    const Grouping g = grouping(from.N, from.C, from.H * from.W, norm == "group" ? groups : 0);
+    const int64_t count = g.rows() * from.C;
+    const float* s = rows<const float>(scale, count, "scale");
+    const float* v = rows<const float>(var, count, "var");
+    const float* ds = rows<const float>(dscale, count, "dscale");
+    const float* db = rows<const float>(dshift, count, "dshift");
+    affine_bwd(g, v, ds, db, eps, rows<float>(dgamma, from.C, "dgamma"),
+               rows<float>(dbeta, from.C, "dbeta"));
+    Input<T> grad{{}, from.N, from.H, from.W, from.C};
+    Source<T> of_y{from, identity.zeros.data(), identity.ones.data(), identity.zeros.data(), 0, 1};
+    const bool statistics = norm == "batch" || norm == "group";
+    const NormalizationBwd<float> terms(g, s, v, ds, db, eps);
+    if (statistics && (ds || db)) {
+      require(y && y->numel() == dy.numel(), "y must have the shape of dy, ", shape(dy));
+      const Map<const T> raw = dense_map<const T>(*y, "y");
+      of_y.center = rows<const float>(center, count, "center");
+      of_y.scale = terms.slope.data();
+      of_y.shift = terms.offset.data();
+      of_y.row_stride = norm == "group" ? from.C : 0;
+      grad.sources.emplace_back(of_y, Mode::none, Load::normalization_bwd, raw.data);
+    } else {
+      grad.sources.emplace_back(of_y, Mode::none, Load::plain);
+    }
+
+    if (dweight) {
+      require(dweight->is_contiguous() && dweight->numel() == weight.numel(),
+              "dweight must be contiguous, of the weight's shape");
+      WeightGrad<T>(x, grad, data<float>(*dweight, "dweight")).run();
+    }
+    const SourceGradArguments of_sources[] = {{dy0, dscale0, dshift0}, {dy1, dscale1, dshift1}};
+    const MaybeTensor* scales[] = {&scale0, &scale1};
+    Weight part = weight_view(weight, true);
+    for (size_t i = 0; i < x.sources.size(); ++i) {
+      part.N = x.sources[i].source.y.C;
+      if (of_sources[i].dy)
+        source_grad(grad, part, x.sources[i], *scales[i] ? (*scales[i])->size(0) : 1, dy,
+                    of_sources[i]);
+      part.data += part.N * part.n_stride;
+    }
   });
 }
 
 }  // namespace
-
-#define FASTUNET_SOURCES                                                                  \
-  "Tensor y0, Tensor? center0, Tensor? scale0, Tensor? shift0, float slope0, int mode0, " \
-  "Tensor? y1, Tensor? center1, Tensor? scale1, Tensor? shift1, float slope1, int mode1"
 
 FASTUNET_KERNEL(conv_norm_act,
                 "conv_norm_act(Tensor(a!) out, " FASTUNET_SOURCES
                 ", Tensor weight, str norm, Tensor? bias, Tensor? gamma, Tensor? beta, "
                 "Tensor? running_mean, Tensor? running_var, int groups, float eps, "
                 "Tensor(b!) center, Tensor(c!) scale, Tensor(d!) shift, Tensor(e!) var) -> ()")
-FASTUNET_KERNEL(convolution_input_grad,
-                "convolution_input_grad(Tensor(a!) dx, Tensor dy, Tensor weight) -> ()")
-FASTUNET_KERNEL(convolution_weight_grad,
-                "convolution_weight_grad(Tensor(a!) dweight, Tensor dy, " FASTUNET_SOURCES
-                ") -> ()")
+FASTUNET_KERNEL(conv_norm_act_bwd,
+                "conv_norm_act_bwd(Tensor(a!)? dweight, Tensor(b!) dgamma, Tensor(c!) dbeta, "
+                "Tensor(d!)? dy0_out, Tensor(e!)? dscale0, Tensor(f!)? dshift0, "
+                "Tensor(g!)? dy1_out, Tensor(h!)? dscale1, Tensor(i!)? dshift1, Tensor dy, "
+                "Tensor? dscale, Tensor? dshift, " FASTUNET_SOURCES
+                ", Tensor weight, str norm, int groups, float eps, Tensor? y, Tensor center, "
+                "Tensor scale, Tensor var) -> ()")
 
 }  // namespace fastunet

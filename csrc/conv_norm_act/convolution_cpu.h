@@ -13,7 +13,6 @@
 #include <unistd.h>
 
 #include "common/workspace.h"
-#include "conv_norm_act/normalization_cpu.h"
 #include "conv_norm_act/tiles.h"
 #include "conv_norm_act/weight.h"
 
@@ -44,18 +43,19 @@ inline Workspace& shared_workspace() {
 
 inline int64_t blocks_of(int64_t channels) { return ceil_div(channels, kBlock); }
 
-template <class T>
+// Output: RawOutput or SourceGrad.
+template <class T, class Output>
 class Convolution {
  public:
-  Convolution(const Input<T>& in, const Weight& weight, const Map<T>& y, ChunkMoments<T>* moments)
-      : in_(in), weight_(weight), y_(y), moments_(moments), reader_(in) {}
+  Convolution(const Input<T>& in, const Weight& weight, const Output& output)
+      : in_(in), weight_(weight), output_(output), reader_(in) {}
 
   void run() {
-    const int64_t inputs = blocks_of(in_.C), outputs = blocks_of(y_.C);
+    const int64_t inputs = blocks_of(in_.C), outputs = blocks_of(weight_.N);
     const int64_t tile_bytes = kPoints * (inputs + outputs) * kBlock * 4;
     const int64_t tiles = in_.N * ceil_div(in_.H, kTile) * ceil_div(in_.W, kTile);
-    const int64_t target = l2_bytes() * 3 / 5 / tile_bytes;
-    if (target >= 2 * kRows && tiles >= 8 * target)
+    const int64_t target = std::max<int64_t>(l2_bytes() / 2 / tile_bytes, kRows);
+    if (tiles >= 8 * target && kPoints * inputs * outputs * kBlock * kBlock * 4 <= (12 << 20))
       by_group(Tiling(in_.N, in_.H, in_.W, target));
     else
       by_stage(Tiling(in_.N, in_.H, in_.W, 2 * kRows));
@@ -63,8 +63,8 @@ class Convolution {
 
  private:
   void by_group(const Tiling& tiling) {
-    if (moments_) moments_->resize(tiling.count(), y_.C);
-    const int64_t inputs = blocks_of(in_.C), outputs = blocks_of(y_.C), K = in_.C;
+    output_.prepare(tiling);
+    const int64_t inputs = blocks_of(in_.C), outputs = blocks_of(weight_.N), K = in_.C;
     const int64_t u_plane = outputs * K * kBlock + kBlock;
     float* u = shared_workspace().get(kPoints * u_plane);
     torch::stable::parallel_for(0, outputs, 1, [&](int64_t begin, int64_t end) {
@@ -85,15 +85,14 @@ class Convolution {
         for (int p = 0; p < kPoints; ++p)
           multiply(v.at(p, 0), v.block(), u + p * u_plane, K, m.at(p, 0), m.block(), outputs,
                    group.tiles(), false);
-        write_group(group, 0, outputs, m, 0, y_);
-        if (moments_) add_moments(group, g, 0, y_.C);
+        output_.write(group, g, 0, outputs, m, 0);
       }
     });
   }
 
   void by_stage(const Tiling& tiling) {
-    if (moments_) moments_->resize(tiling.count(), y_.C);
-    const int64_t inputs = blocks_of(in_.C), outputs = blocks_of(y_.C);
+    output_.prepare(tiling);
+    const int64_t inputs = blocks_of(in_.C), outputs = blocks_of(weight_.N);
     const int64_t fit = kBatchBytes / (kPoints * inputs * kBlock * 4);
     const int64_t batch = std::max<int64_t>(1, fit / tiling.max_tiles());  // groups
     for (int64_t first = 0; first < tiling.count(); first += batch) {
@@ -110,8 +109,8 @@ class Convolution {
           reader_.read(tiling.group(first + g), b, b + 1, v, offsets[g], scratch);
         }
       });
-      // A task: kBlocks blocks of outputs by about 64 tiles.
-      const int64_t per_range = std::max<int64_t>(1, 64 / tiling.max_tiles());
+      // A task: kBlocks blocks of outputs by about 128 tiles.
+      const int64_t per_range = std::max<int64_t>(1, 128 / tiling.max_tiles());
       const int64_t ranges = ceil_div(last - first, per_range);
       const int64_t columns = ceil_div(outputs, kBlocks);
       torch::stable::parallel_for(0, columns * ranges, 1, [&](int64_t begin, int64_t end) {
@@ -149,23 +148,13 @@ class Convolution {
     }
     for (int64_t g = g0; g < g1; ++g) {
       const Tiling::Group group = tiling.group(first + g);
-      write_group(group, begin, end, m, offsets[g] - offsets[g0], y_);
-      if (moments_) add_moments(group, first + g, begin * kBlock, std::min(end * kBlock, y_.C));
+      output_.write(group, first + g, begin, end, m, offsets[g] - offsets[g0]);
     }
   }
 
-  // Of channels [begin, end) of a group that has just been written.
-  void add_moments(const Tiling::Group& g, int64_t index, int64_t begin, int64_t end) {
-    auto* mean = moments_->values.data() + index * 2 * y_.C + begin;
-    moments_->counts[index] = g.height * g.width;
-    chunk_moments(y_.at(g.n, g.h, g.w) + begin, g.height, y_.sh, g.width, y_.sw, end - begin, mean,
-                  mean + y_.C);
-  }
-
   const Input<T>& in_;
-  Weight weight_;
-  Map<T> y_;
-  ChunkMoments<T>* moments_;
+  const Weight& weight_;
+  const Output& output_;
   Reader<InputTransform, T> reader_;
 };
 
@@ -181,7 +170,7 @@ class WeightGrad {
     const int64_t tile_bytes = kPoints * (inputs + outputs) * kBlock * 4;
     const int64_t tiles = x_.N * ceil_div(x_.H, kTile) * ceil_div(x_.W, kTile);
     const int64_t target = l2_bytes() * 3 / 5 / tile_bytes;
-    if (target >= 32 && tiles >= 8 * target)
+    if (target >= 20 && tiles >= 8 * target)
       by_group(Tiling(x_.N, x_.H, x_.W, target));
     else
       by_stage(Tiling(x_.N, x_.H, x_.W, 32));

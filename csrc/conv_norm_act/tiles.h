@@ -3,6 +3,7 @@
 #pragma once
 
 #include "conv_norm_act/gemm.h"
+#include "conv_norm_act/normalization_cpu.h"
 #include "conv_norm_act/winograd.h"
 #include "resample/resample_cpu.h"
 
@@ -49,13 +50,22 @@ struct Tiling {
   }
 };
 
+// What the values of a source's map are: themselves; raw outputs with a pending affine and
+// activation; or the gradient of a raw output without the normalisation's part, `raw` being the
+// output and the source's affine that part: value + (scale * (raw - center) + shift).
+enum class Load { plain, affine, normalization_bwd };
+
 // A source and its pending resampling.
 template <class T>
 struct Pending {
   Source<T> source;
   Mode mode;
-  bool plain;  // no affine, no activation
+  Load load;
+  const T* raw;  // laid out as the source's map; null but for normalization_bwd
   UpsampleTaps<acc_t<T>> taps;
+
+  Pending(const Source<T>& s, Mode mode, Load load, const T* raw = nullptr)
+      : source(s), mode(mode), load(load), raw(raw), taps(mode, s.y.H, s.y.W) {}
 };
 
 // What a convolution reads: sources side by side in the channels, each resampled to H x W.
@@ -78,9 +88,9 @@ Source<T> channels(Source<T> s, int64_t c, int64_t count) {
 
 // One row of tiles: the patch of pixels [h, h + kIn) x [w, w + columns) of one block of channels,
 // transformed down its columns. z: [6][columns][16]
-template <class Transform, bool kPlain, class T>
-void transform_columns(const Source<T>& s, int64_t n, int64_t h, int64_t w, int64_t columns,
-                       int64_t H, int64_t W, float* z) {
+template <class Transform, Load kLoad, class T>
+void transform_columns(const Source<T>& s, const T* raw, int64_t n, int64_t h, int64_t w,
+                       int64_t columns, int64_t H, int64_t W, float* z) {
   constexpr int kIn = Transform::kIn;
   const Placement place(Mode::none, s.y.H, s.y.W, H, W);
   const int64_t row = columns * kBlock;
@@ -112,7 +122,9 @@ void transform_columns(const Source<T>& s, int64_t n, int64_t h, int64_t w, int6
             continue;
           }
           d[i] = load(rows[i] + offset, lanes);
-          if constexpr (!kPlain) d[i] = channel(d[i]);
+          if constexpr (kLoad == Load::affine) d[i] = channel(d[i]);
+          if constexpr (kLoad == Load::normalization_bwd)
+            d[i] += channel.preact(load(raw + (rows[i] - s.y.data) + offset, lanes));
         }
         Transform::apply(d, out);
 #pragma GCC unroll 6
@@ -198,9 +210,13 @@ class Reader {
         const Source<T> part = channels(p.source, c0 - begin, c1 - c0);
         if (p.mode == Mode::none && c0 == first && c1 == last) {
           if (c1 - c0 < kBlock) zero(z, 6 * columns, kBlock, kBlock);
-          if (p.plain)
-            return transform_columns<Transform, true>(part, n, h, w, columns, in_.H, in_.W, z);
-          return transform_columns<Transform, false>(part, n, h, w, columns, in_.H, in_.W, z);
+          const auto run = [&](auto kLoad) {
+            transform_columns<Transform, kLoad.value>(part, p.raw ? p.raw + (c0 - begin) : nullptr,
+                                                      n, h, w, columns, in_.H, in_.W, z);
+          };
+          if (p.load == Load::affine) return run(std::integral_constant<Load, Load::affine>{});
+          if (p.load == Load::plain) return run(std::integral_constant<Load, Load::plain>{});
+          return run(std::integral_constant<Load, Load::normalization_bwd>{});
         }
         if (!patched && last - first < kBlock)
           zero(patch, Transform::kIn * columns, kBlock, kBlock);
@@ -219,37 +235,107 @@ class Reader {
   const Input<T>& in_;
 };
 
-// One block of output channels of one tile, [height, width] pixels of which are inside the map.
-template <class T>
-FASTUNET_INLINE void write_tile(const float* m, int64_t plane, const Map<T>& y, int64_t n,
-                                int64_t h, int64_t w, int64_t c) {
-  const int64_t height = y.H - h, width = y.W - w;
-  T* to = y.at(n, h, w) + c;
-  for (int i = 0; i < kBlock && c + i < y.C; i += kLanes, m += kLanes, to += kLanes) {
-    const auto from = [&](int r, int s) { return load(m + (r * kPatch + s) * plane); };
-    const int64_t lanes = y.C - c - i;
-    if (lanes >= kLanes && height >= kTile && width >= kTile) {
-      transform_square<OutputTransform>(
-          from, [&](int r, int s, vfloat value) { store(to + r * y.sh + s * y.sw, value); });
+// Where a convolution's output goes. write(): blocks [begin, end) of output channels of a group,
+// from tiles [tile, ...) of m, whose first block is `begin`.
+
+// One block of channels of one tile, [height, width] pixels and `count` channels of which are
+// inside the map, handed on as to(row, column, channel, value, lanes).
+template <class To>
+FASTUNET_INLINE void transform_tile(const float* m, int64_t plane, int64_t height, int64_t width,
+                                    int64_t count, To to) {
+#pragma GCC unroll 2
+  for (int c = 0; c < kBlock; c += kLanes) {
+    const int64_t left = count - c;
+    if (left <= 0) break;
+    const auto from = [&](int i, int j) { return load(m + (i * kPatch + j) * plane + c); };
+    if (left >= kLanes && height >= kTile && width >= kTile) {
+      transform_square<OutputTransform>(from, [&](int i, int j, vfloat value) {
+        to(i, j, c, value, std::integral_constant<int, kLanes>{});
+      });
     } else {
-      const int count = static_cast<int>(std::min<int64_t>(lanes, kLanes));
-      transform_square<OutputTransform>(from, [&](int r, int s, vfloat value) {
-        if (r < height && s < width) store(to + r * y.sh + s * y.sw, value, count);
+      const int lanes = static_cast<int>(std::min<int64_t>(left, kLanes));
+      transform_square<OutputTransform>(from, [&](int i, int j, vfloat value) {
+        if (i < height && j < width) to(i, j, c, value, lanes);
       });
     }
   }
 }
 
-// Blocks [begin, end) of output channels of a group, from tiles [tile, ...) of m, whose first block
-// is `begin`.
-template <class T>
-void write_group(const Tiling::Group& g, int64_t begin, int64_t end, const Panels& m, int64_t tile,
-                 const Map<T>& y) {
-  for (int64_t b = begin; b < end; ++b)
-    for (int64_t r = 0; r < g.rows; ++r)
-      for (int64_t s = 0; s < g.columns; ++s)
-        write_tile(m.at(0, b - begin, tile + r * g.columns + s), m.plane(), y, g.n, g.h + r * kTile,
-                   g.w + s * kTile, b * kBlock);
+// f(tile of m, its first pixel) for the tiles of a group.
+template <class F>
+FASTUNET_INLINE void for_tiles_of(const Tiling::Group& g, int64_t tile, F f) {
+  for (int64_t r = 0; r < g.rows; ++r)
+    for (int64_t s = 0; s < g.columns; ++s, ++tile) f(tile, g.h + r * kTile, g.w + s * kTile);
 }
+
+// A raw map and, if wanted, its moments.
+template <class T>
+struct RawOutput {
+  Map<T> y;
+  ChunkMoments<T>* moments;
+
+  void prepare(const Tiling& tiling) const {
+    if (moments) moments->resize(tiling.count(), y.C);
+  }
+
+  void write(const Tiling::Group& g, int64_t index, int64_t begin, int64_t end, const Panels& m,
+             int64_t first) const {
+    for (int64_t b = begin; b < end; ++b)
+      for_tiles_of(g, first, [&](int64_t tile, int64_t h, int64_t w) {
+        T* to = y.at(g.n, h, w) + b * kBlock;
+        transform_tile(m.at(0, b - begin, tile), m.plane(), y.H - h, y.W - w, y.C - b * kBlock,
+                       [&](int i, int j, int c, vfloat value, auto lanes) {
+                         store(to + i * y.sh + j * y.sw + c, value, lanes);
+                       });
+      });
+    if (!moments) return;
+    const int64_t c = begin * kBlock;
+    auto* mean = moments->values.data() + index * 2 * y.C + c;
+    moments->counts[index] = g.height * g.width;
+    chunk_moments(y.at(g.n, g.h, g.w) + c, g.height, y.sh, g.width, y.sw,
+                  std::min(end * kBlock, y.C) - c, mean, mean + y.C);
+  }
+};
+
+// The gradient of a source that is read in place: of its raw map, dy = scale * act'(t) * dz, and
+// the sums of act'(t) * dz * (y - center) and of act'(t) * dz, per group: [groups][2][C].
+template <class T>
+struct SourceGrad {
+  Source<T> source;
+  Map<T> dy;
+  std::vector<float>& sums;
+
+  void prepare(const Tiling& tiling) const { sums.assign(tiling.count() * 2 * dy.C, 0.0f); }
+
+  void write(const Tiling::Group& g, int64_t index, int64_t begin, int64_t end, const Panels& m,
+             int64_t first) const {
+    const Map<const T>& y = source.y;
+    for (int64_t b = begin; b < end; ++b) {
+      vfloat dscale[kVecs] = {}, dshift[kVecs] = {};
+      const int64_t c = b * kBlock;
+      const auto lanes_at = [&](int i) {
+        return static_cast<int>(std::clamp<int64_t>(dy.C - c - i, 0, kLanes));
+      };
+      for_tiles_of(g, first, [&](int64_t tile, int64_t h, int64_t w) {
+        const T* from = y.at(g.n, h, w) + c;
+        T* to = dy.at(g.n, h, w) + c;
+        transform_tile(m.at(0, b - begin, tile), m.plane(), dy.H - h, dy.W - w, dy.C - c,
+                       [&](int i, int j, int k, vfloat dz, auto lanes) {
+                         const Channels<float> channel(source, g.n, c + k, lanes);
+                         const vfloat raw = load(from + i * y.sh + j * y.sw + k, lanes);
+                         const vfloat d = channel.act_bwd(dz, channel.preact(raw));
+                         store(to + i * dy.sh + j * dy.sw + k, channel.scale * d, lanes);
+                         dscale[k / kLanes] += d * (raw - channel.center);
+                         dshift[k / kLanes] += d;
+                       });
+      });
+      float* sum = sums.data() + index * 2 * dy.C + c;
+      for (int i = 0; i < kBlock && lanes_at(i) > 0; i += kLanes) {
+        store(sum + i, dscale[i / kLanes], lanes_at(i));
+        store(sum + dy.C + i, dshift[i / kLanes], lanes_at(i));
+      }
+    }
+  }
+};
 
 }  // namespace fastunet

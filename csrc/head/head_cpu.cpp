@@ -79,10 +79,10 @@ void head_bwd(MaybeTensor dy, MaybeTensor dscale, MaybeTensor dshift, Tensor dwe
       });
     });
     const A* sums = partials.data();
-    if (dscale_out) sum_chunks(sums, chunks, stride, C, rows_out, dscale_out);
-    if (dshift_out) sum_chunks(sums + C, chunks, stride, C, rows_out, dshift_out);
-    sum_chunks(sums + 2 * C, chunks, stride, K * C, 1, dweight_out);
-    sum_chunks(sums + (2 + K) * C, chunks, stride, K, 1, dbias_out);
+    if (dscale_out) sum_chunks(sums, chunks.count(), stride, C, rows_out, dscale_out);
+    if (dshift_out) sum_chunks(sums + C, chunks.count(), stride, C, rows_out, dshift_out);
+    sum_chunks(sums + 2 * C, chunks.count(), stride, K * C, 1, dweight_out);
+    sum_chunks(sums + (2 + K) * C, chunks.count(), stride, K, 1, dbias_out);
   });
 }
 

@@ -46,18 +46,8 @@ void resample_bwd(Tensor dy, MaybeTensor dscale, MaybeTensor dshift, const Tenso
     const int64_t C = s.y.C, rows_out = center.size(0);
     A* dscale_out = rows<A>(dscale, rows_out * C, "dscale");
     A* dshift_out = rows<A>(dshift, rows_out * C, "dshift");
-    const UpsampleTaps<A> taps(mode, s.y.H, s.y.W);
-    const ResampleBwd<T> kernel(s, from, to, mode);
-    const int64_t unit = ResampleBwd<T>::unit_rows(mode);
-    const Chunks chunks(s.y.N, ceil_div(s.y.H, unit), unit * s.y.W, 1024);
-    std::vector<A> partials(chunks.count() * 2 * C);
-    torch::stable::parallel_for(0, chunks.count(), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t k = begin; k < end; ++k)
-        kernel.units(chunks.sample(k), chunks.begin(k), chunks.end(k), taps.vertical.get(),
-                     taps.horizontal.get(), partials.data() + k * 2 * C);
-    });
-    if (dscale_out) sum_chunks(partials.data(), chunks, 2 * C, C, rows_out, dscale_out);
-    if (dshift_out) sum_chunks(partials.data() + C, chunks, 2 * C, C, rows_out, dshift_out);
+    resample_map_bwd<T>(s, mode, UpsampleTaps<A>(mode, s.y.H, s.y.W), from, to, dscale_out,
+                        dshift_out, rows_out);
   });
 }
 

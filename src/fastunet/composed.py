@@ -2,8 +2,7 @@
 
 ``kernels`` is a backend module: ``resample``, ``resample_bwd``, ``normalization``,
 ``normalization_bwd``; and where ``convolves`` says so, convolutions of its own, which read the
-sources as they are: ``conv_norm_act``, ``convolution_input_grad``, ``convolution_weight_grad``.
-Elsewhere PyTorch's convolution reads a temporary map, made again in backward. Nothing but the
+sources as they are: ``conv_norm_act``, ``conv_norm_act_bwd``. Elsewhere PyTorch's convolution reads a temporary map, made again in backward. Nothing but the
 convolutions' outputs is ever saved.
 """
 
@@ -96,6 +95,13 @@ def conv_norm_act_bwd(
     """
     vectors = center.dtype
     grads = SourceGrads(grads.dy, as_dtype(grads.dscale, vectors), as_dtype(grads.dshift, vectors))
+    dbias = dbias_of(norm, bias, grads, y, center, scale, var)
+    if kernels.convolves(sources[0].y):
+        dweight, dgamma, dbeta, of_sources = kernels.conv_norm_act_bwd(
+            grads, sources, needs, weight, norm, y, center, scale, var
+        )
+        of_sources = [SourceGrads(*s) for s in of_sources]
+        return like_parameter(dweight, weight), dbias, dgamma, dbeta, of_sources
     if norm.kind in ("batch", "group"):
         assert y is not None
         groups = norm.groups if norm.kind == "group" else 0
@@ -107,25 +113,20 @@ def conv_norm_act_bwd(
         dgamma, dbeta = affine_bwd(grads.dscale, grads.dshift, var, norm.eps)
         shape = (sources[0].y.size(0), weight.size(0), *sources[0].size)
         total = sources[0].y.new_zeros(shape) if grads.dy is None else grads.dy
-    dbias = dbias_of(norm, bias, grads, y, center, scale, var)
 
-    ours = kernels.convolves(total)
     need_weight, *need_sources = needs
     dweight = None
     if need_weight:
-        if ours:
-            dweight = kernels.convolution_weight_grad(total, sources, weight)
-        else:
-            dweight = aten_convolution.convolution_weight_grad(kernels, total, sources, weight)
+        dweight = aten_convolution.convolution_weight_grad(kernels, total, sources, weight)
         dweight = like_parameter(dweight, weight)
     # Source by source, so that the gradient of the concatenation need not exist.
-    input_grad = (kernels if ours else aten_convolution).convolution_input_grad
     of_sources, channel = [], 0
     for source, need_source in zip(sources, need_sources, strict=True):
         channels = source.y.size(1)
         grads_of_source = SourceGrads()
         if need_source:
-            dx = input_grad(total, weight.narrow(1, channel, channels))
+            part = weight.narrow(1, channel, channels)
+            dx = aten_convolution.convolution_input_grad(total, part)
             grads_of_source = SourceGrads(*kernels.resample_bwd(source, dx))
         of_sources.append(grads_of_source)
         channel += channels

@@ -7,8 +7,7 @@ from fastunet import extension
 
 from .conv_norm_act import (
     conv_norm_act,
-    convolution_input_grad,
-    convolution_weight_grad,
+    conv_norm_act_bwd,
     convolves,
 )
 from .head import head, head_bwd
@@ -17,8 +16,7 @@ from .resample import resample, resample_bwd
 
 __all__ = [
     "conv_norm_act",
-    "convolution_input_grad",
-    "convolution_weight_grad",
+    "conv_norm_act_bwd",
     "convolves",
     "head",
     "head_bwd",

@@ -9,10 +9,10 @@ from torch import Tensor
 from fastunet.activation import Activation
 from fastunet.extension import kernels
 
-from .resample import channel_adjacent, empty_map
+from .resample import channel_adjacent, empty_map, empty_vectors
 
 if TYPE_CHECKING:
-    from fastunet.composed import Norm
+    from fastunet.composed import Norm, SourceGrads
 
 NO_SOURCE = (None, None, None, None, 1.0, 0)
 
@@ -56,17 +56,53 @@ def conv_norm_act(
     return y, center, scale, shift, var
 
 
-def convolution_input_grad(dy: Tensor, weight: Tensor) -> Tensor:
-    dy = channel_adjacent(dy)
-    dx = empty_map(dy, weight.size(1), (dy.size(2), dy.size(3)))
-    kernels().convolution_input_grad(dx, dy, as_kernel_weight(weight))
-    return dx
+def conv_norm_act_bwd(
+    grads: "SourceGrads",
+    sources: Sequence[Activation],
+    needs: Sequence[bool],
+    weight: Tensor,
+    norm: "Norm",
+    y: Tensor | None,
+    center: Tensor,
+    scale: Tensor,
+    var: Tensor,
+) -> tuple[Tensor | None, Tensor, Tensor, list[tuple[Tensor | None, ...]]]:
+    """dweight, dgamma, dbeta, and each source's dy, dscale, dshift."""
+    dy, dscale, dshift = grads
+    if dy is None:
+        dy = empty_map(sources[0].y, weight.size(0), sources[0].size).zero_()
+    dweight = torch.empty(weight.shape) if needs[0] else None
+    dgamma, dbeta = (center.new_empty(center.size(1)) for _ in range(2))
+    of_sources = [
+        empty_grads(source) if need else (None, None, None)
+        for source, need in zip(sources, needs[1:], strict=True)
+    ]
+    kernels().conv_norm_act_bwd(
+        dweight,
+        dgamma,
+        dbeta,
+        *sum(of_sources, ()),
+        *[None] * (6 - 3 * len(sources)),
+        dy.contiguous(memory_format=torch.channels_last),
+        dscale,
+        dshift,
+        *flatten(sources),
+        as_kernel_weight(weight),
+        norm.kind,
+        norm.groups,
+        norm.eps,
+        y,
+        center,
+        scale,
+        var,
+    )
+    return dweight, dgamma, dbeta, of_sources
 
 
-def convolution_weight_grad(dy: Tensor, sources: Sequence[Activation], weight: Tensor) -> Tensor:
-    dweight = torch.empty(weight.shape, dtype=torch.float32)
-    kernels().convolution_weight_grad(dweight, channel_adjacent(dy), *flatten(sources))
-    return dweight
+def empty_grads(source: Activation) -> tuple[Tensor | None, ...]:
+    y = source.y
+    dy = empty_map(y, y.size(1), (y.size(2), y.size(3)))
+    return (dy, None, None) if source.scale is None else (dy, *empty_vectors(source.scale))
 
 
 def as_kernel_weight(weight: Tensor) -> Tensor:
