@@ -111,6 +111,21 @@ void dispatch(ScalarType dtype, F f) {
   }
 }
 
+// The same for kernels that compute in fp32.
+template <class F>
+void dispatch_fp32_arithmetic(ScalarType dtype, F f) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::BFloat16:
+      return f(bf16{});
+    case ScalarType::Half:
+      return f(f16{});
+    default:
+      require(false, "the dtype must be float32, bfloat16 or float16");
+  }
+}
+
 // Registers `f` as the CPU implementation of the schema, in this build's own library.
 #define FASTUNET_KERNEL(name, schema)                                   \
   STABLE_TORCH_LIBRARY_FRAGMENT(FASTUNET_LIBRARY, m) { m.def(schema); } \

@@ -33,4 +33,14 @@ class Workspace {
   size_t size_ = 0;
 };
 
+// Scratch of one thread, and what the calling thread shares with the others.
+inline Workspace& thread_workspace() {
+  thread_local Workspace workspace;
+  return workspace;
+}
+inline Workspace& shared_workspace() {
+  thread_local Workspace workspace;
+  return workspace;
+}
+
 }  // namespace fastunet

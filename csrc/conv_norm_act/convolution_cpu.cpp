@@ -1,50 +1,9 @@
 #include "conv_norm_act/convolution_cpu.h"
 
-#include "common/binding.h"
+#include "resample/arguments.h"
 
 namespace fastunet {
 namespace {
-
-// One source as an operator carries it; vectors are absent for a plain map.
-struct SourceArguments {
-  const MaybeTensor &y, &center, &scale, &shift;
-  double slope;
-  int64_t mode;
-};
-
-#define FASTUNET_SOURCES                                                                   \
-  "Tensor? y0, Tensor? center0, Tensor? scale0, Tensor? shift0, float slope0, int mode0, " \
-  "Tensor? y1, Tensor? center1, Tensor? scale1, Tensor? shift1, float slope1, int mode1"
-#define FASTUNET_SOURCE_PARAMETERS                                                   \
-  const MaybeTensor y0, const MaybeTensor center0, const MaybeTensor scale0,         \
-      const MaybeTensor shift0, double slope0, int64_t mode0, const MaybeTensor y1,  \
-      const MaybeTensor center1, const MaybeTensor scale1, const MaybeTensor shift1, \
-      double slope1, int64_t mode1
-#define FASTUNET_SOURCE_ARGUMENTS \
-  {y0, center0, scale0, shift0, slope0, mode0}, { y1, center1, scale1, shift1, slope1, mode1 }
-
-// An identity affine, for plain maps.
-struct Identity {
-  std::vector<float> zeros, ones;
-  explicit Identity(int64_t C) : zeros(C, 0.0f), ones(C, 1.0f) {}
-};
-
-template <class T, class Size>
-Input<T> input(const Map<Size>& size, const Identity& identity,
-               std::initializer_list<SourceArguments> arguments) {
-  Input<T> in{{}, size.N, size.H, size.W, 0};
-  for (const SourceArguments& a : arguments) {
-    if (!a.y) continue;
-    const Mode mode = checked_mode(a.mode);
-    const auto m = map<const T>(*a.y, "y");
-    require(m.N == size.N, "sources must have the samples of the output, ", size.N, ", got ", m.N);
-    Source<T> s{m, identity.zeros.data(), identity.ones.data(), identity.zeros.data(), 0, 1};
-    if (a.scale) s = source<T>(*a.y, *a.center, *a.scale, *a.shift, a.slope);
-    in.sources.emplace_back(s, mode, a.scale ? Load::affine : Load::plain);
-    in.C += m.C;
-  }
-  return in;
-}
 
 // Weights [O, I, 3, 3] whose inputs and taps are adjacent (a slice of the inputs has that).
 Weight weight_view(const Tensor& weight, bool turned) {
@@ -57,20 +16,6 @@ Weight weight_view(const Tensor& weight, bool turned) {
   const int64_t O = weight.size(0), I = weight.size(1), row = weight.stride(0);
   if (turned) return {from, O, I, row, kTaps, true};
   return {from, I, O, kTaps, row, false};
-}
-
-template <class F>
-void dispatch_fp32_arithmetic(ScalarType dtype, F f) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return f(float{});
-    case ScalarType::BFloat16:
-      return f(bf16{});
-    case ScalarType::Half:
-      return f(f16{});
-    default:
-      require(false, "the dtype must be float32, bfloat16 or float16");
-  }
 }
 
 void conv_norm_act(Tensor out, FASTUNET_SOURCE_PARAMETERS, const Tensor weight, std::string norm,

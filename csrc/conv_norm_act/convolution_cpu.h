@@ -31,16 +31,6 @@ inline int64_t l2_bytes() {
 
 inline constexpr int64_t kBatchBytes = 16 << 20;  // of transformed tiles, shared by all threads
 
-// Scratch of one thread, and what the calling thread shares with the others.
-inline Workspace& thread_workspace() {
-  thread_local Workspace workspace;
-  return workspace;
-}
-inline Workspace& shared_workspace() {
-  thread_local Workspace workspace;
-  return workspace;
-}
-
 inline int64_t blocks_of(int64_t channels) { return ceil_div(channels, kBlock); }
 
 // Output: RawOutput or SourceGrad.

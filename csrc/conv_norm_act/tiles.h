@@ -2,10 +2,10 @@
 // pending work applied, how outputs are written.
 #pragma once
 
-#include "conv_norm_act/gemm.h"
+#include "common/gemm.h"
 #include "conv_norm_act/normalization_cpu.h"
 #include "conv_norm_act/winograd.h"
-#include "resample/resample_cpu.h"
+#include "resample/input.h"
 
 namespace fastunet {
 
@@ -49,42 +49,6 @@ struct Tiling {
     return out;
   }
 };
-
-// What the values of a source's map are: themselves; raw outputs with a pending affine and
-// activation; or the gradient of a raw output without the normalisation's part, `raw` being the
-// output and the source's affine that part: value + (scale * (raw - center) + shift).
-enum class Load { plain, affine, normalization_bwd };
-
-// A source and its pending resampling.
-template <class T>
-struct Pending {
-  Source<T> source;
-  Mode mode;
-  Load load;
-  const T* raw;  // laid out as the source's map; null but for normalization_bwd
-  UpsampleTaps<acc_t<T>> taps;
-
-  Pending(const Source<T>& s, Mode mode, Load load, const T* raw = nullptr)
-      : source(s), mode(mode), load(load), raw(raw), taps(mode, s.y.H, s.y.W) {}
-};
-
-// What a convolution reads: sources side by side in the channels, each resampled to H x W.
-template <class T>
-struct Input {
-  std::vector<Pending<T>> sources;
-  int64_t N, H, W, C;
-};
-
-// Channels [c, c + count) of a source.
-template <class T>
-Source<T> channels(Source<T> s, int64_t c, int64_t count) {
-  s.y.data += c;
-  s.y.C = count;
-  s.center += c;
-  s.scale += c;
-  s.shift += c;
-  return s;
-}
 
 // One row of tiles: the patch of pixels [h, h + kIn) x [w, w + columns) of one block of channels,
 // transformed down its columns. z: [6][columns][16]

@@ -7,7 +7,7 @@
 
 #include <algorithm>
 
-#include "conv_norm_act/gemm.h"
+#include "common/gemm.h"
 #include "conv_norm_act/winograd.h"
 
 namespace fastunet {

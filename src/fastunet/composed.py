@@ -2,8 +2,9 @@
 
 ``kernels`` is a backend module: ``resample``, ``resample_bwd``, ``normalization``,
 ``normalization_bwd``; and where ``convolves`` says so, convolutions of its own, which read the
-sources as they are: ``conv_norm_act``, ``conv_norm_act_bwd``. Elsewhere PyTorch's convolution reads a temporary map, made again in backward. Nothing but the
-convolutions' outputs is ever saved.
+sources as they are: ``conv_norm_act``, ``conv_transpose`` and their backwards. Elsewhere PyTorch's
+convolution reads a temporary map, made again in backward. Nothing but the convolutions' outputs is
+ever saved.
 """
 
 from collections.abc import Sequence
@@ -169,6 +170,8 @@ def conv_transpose(
     kernels: ModuleType, source: Activation, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
     """The 2x2 stride 2 transposed convolution of a source, channels_last."""
+    if kernels.convolves(source.y):
+        return kernels.conv_transpose(source, weight, bias)
     return aten_convolution.transposed(kernels, source, weight, bias)
 
 
@@ -176,6 +179,9 @@ def conv_transpose_bwd(
     kernels: ModuleType, dy: Tensor, source: Activation, needs: Sequence[bool], weight: Tensor
 ) -> tuple[Tensor | None, Tensor, SourceGrads]:
     """dweight, dbias and the source's gradients; needs: weight, source."""
+    if kernels.convolves(source.y):
+        dweight, dbias, grads = kernels.conv_transpose_bwd(dy, source, needs, weight)
+        return like_parameter(dweight, weight), dbias, SourceGrads(*grads)
     dx, dweight, dbias = aten_convolution.transposed_bwd(kernels, dy, source, needs, weight)
     of_source = SourceGrads() if dx is None else SourceGrads(*kernels.resample_bwd(source, dx))
     return like_parameter(dweight, weight), dbias.to(accumulate_dtype(dy.dtype)), of_source

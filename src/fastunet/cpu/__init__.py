@@ -10,6 +10,7 @@ from .conv_norm_act import (
     conv_norm_act_bwd,
     convolves,
 )
+from .conv_transpose import conv_transpose, conv_transpose_bwd
 from .head import head, head_bwd
 from .normalization import normalization, normalization_bwd
 from .resample import resample, resample_bwd
@@ -17,6 +18,8 @@ from .resample import resample, resample_bwd
 __all__ = [
     "conv_norm_act",
     "conv_norm_act_bwd",
+    "conv_transpose",
+    "conv_transpose_bwd",
     "convolves",
     "head",
     "head_bwd",

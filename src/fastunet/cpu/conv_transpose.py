@@ -1,0 +1,38 @@
+"""Transposed convolution by the compiled kernels (csrc/conv_transpose)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastunet.activation import Activation
+from fastunet.extension import kernels
+
+from .conv_norm_act import empty_grads, flat
+from .resample import channel_adjacent, empty_map
+
+
+def conv_transpose(source: Activation, weight: Tensor, bias: Tensor | None) -> Tensor:
+    height, width = source.size
+    y = empty_map(source.y, weight.size(1), (2 * height, 2 * width))
+    bias = None if bias is None else bias.float().contiguous()
+    kernels().conv_transpose(y, *flat(source), weight.float().contiguous(), bias)
+    return y
+
+
+def conv_transpose_bwd(
+    dy: Tensor, source: Activation, needs: Sequence[bool], weight: Tensor
+) -> tuple[Tensor | None, Tensor, tuple[Tensor | None, ...]]:
+    """dweight, dbias and the source's dy, dscale, dshift; needs: weight, source."""
+    dweight = torch.empty(weight.shape) if needs[0] else None
+    dbias = torch.empty(weight.size(1))
+    of_source = empty_grads(source) if needs[1] else (None, None, None)
+    kernels().conv_transpose_bwd(
+        dweight,
+        dbias,
+        *of_source,
+        channel_adjacent(dy),
+        *flat(source),
+        weight.float().contiguous(),
+    )
+    return dweight, dbias, of_source
