@@ -29,7 +29,13 @@ inline int64_t l2_bytes() {
   return bytes;
 }
 
-inline constexpr int64_t kBatchBytes = 16 << 20;  // of transformed tiles, shared by all threads
+// Measured on Zen 4 with 1 MB of L2 per core and 32 MB of L3, see docs/performance-log.md:
+// transformed tiles held at a time, shared by all threads;
+inline constexpr int64_t kBatchBytes = 16 << 20;
+// transformed weights that groups may stream from L3;
+inline constexpr int64_t kWeightBytes = 12 << 20;
+// tiles in a group from which the weight's gradient, which adds up between groups, works by group.
+inline constexpr int64_t kGradTiles = 20;
 
 inline int64_t blocks_of(int64_t channels) { return ceil_div(channels, kBlock); }
 
@@ -45,7 +51,8 @@ class Convolution {
     const int64_t tile_bytes = kPoints * (inputs + outputs) * kBlock * 4;
     const int64_t tiles = in_.N * ceil_div(in_.H, kTile) * ceil_div(in_.W, kTile);
     const int64_t target = std::max<int64_t>(l2_bytes() / 2 / tile_bytes, kRows);
-    if (tiles >= 8 * target && kPoints * inputs * outputs * kBlock * kBlock * 4 <= (12 << 20))
+    const int64_t weight_bytes = kPoints * inputs * outputs * kBlock * kBlock * 4;
+    if (tiles >= 8 * target && weight_bytes <= kWeightBytes)
       by_group(Tiling(in_.N, in_.H, in_.W, target));
     else
       by_stage(Tiling(in_.N, in_.H, in_.W, 2 * kRows));
@@ -160,7 +167,7 @@ class WeightGrad {
     const int64_t tile_bytes = kPoints * (inputs + outputs) * kBlock * 4;
     const int64_t tiles = x_.N * ceil_div(x_.H, kTile) * ceil_div(x_.W, kTile);
     const int64_t target = l2_bytes() * 3 / 5 / tile_bytes;
-    if (target >= 20 && tiles >= 8 * target)
+    if (target >= kGradTiles && tiles >= 8 * target)
       by_group(Tiling(x_.N, x_.H, x_.W, target));
     else
       by_stage(Tiling(x_.N, x_.H, x_.W, 32));

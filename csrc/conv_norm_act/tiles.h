@@ -202,27 +202,32 @@ class Reader {
 // Where a convolution's output goes. write(): blocks [begin, end) of output channels of a group,
 // from tiles [tile, ...) of m, whose first block is `begin`.
 
-// One block of channels of one tile, [height, width] pixels and `count` channels of which are
-// inside the map, handed on as to(row, column, channel, value, lanes).
+// One vector of channels of one tile, [height, width] pixels of which are inside the map, handed on
+// as to(row, column, value).
 template <class To>
 FASTUNET_INLINE void transform_tile(const float* m, int64_t plane, int64_t height, int64_t width,
-                                    int64_t count, To to) {
-#pragma GCC unroll 2
-  for (int c = 0; c < kBlock; c += kLanes) {
-    const int64_t left = count - c;
-    if (left <= 0) break;
-    const auto from = [&](int i, int j) { return load(m + (i * kPatch + j) * plane + c); };
-    if (left >= kLanes && height >= kTile && width >= kTile) {
-      transform_square<OutputTransform>(from, [&](int i, int j, vfloat value) {
-        to(i, j, c, value, std::integral_constant<int, kLanes>{});
-      });
-    } else {
-      const int lanes = static_cast<int>(std::min<int64_t>(left, kLanes));
-      transform_square<OutputTransform>(from, [&](int i, int j, vfloat value) {
-        if (i < height && j < width) to(i, j, c, value, lanes);
-      });
+                                    To to) {
+  const auto from = [&](int i, int j) { return load(m + (i * kPatch + j) * plane); };
+  if (height >= kTile && width >= kTile)
+    transform_square<OutputTransform>(from, to);
+  else
+    transform_square<OutputTransform>(from, [&](int i, int j, vfloat value) {
+      if (i < height && j < width) to(i, j, value);
+    });
+}
+
+// f(first channel, its address in m, lanes) for blocks [begin, end) of C channels.
+template <class F>
+FASTUNET_INLINE void for_vectors(int64_t begin, int64_t end, int64_t C, const Panels& m, F f) {
+  for (int64_t b = begin; b < end; ++b)
+    for (int i = 0; i < kBlock; i += kLanes) {
+      const int64_t c = b * kBlock + i;
+      const float* from = m.at(0, b - begin) + i;
+      if (C - c >= kLanes)
+        f(c, from, std::integral_constant<int, kLanes>{});
+      else if (C > c)
+        f(c, from, static_cast<int>(C - c));
     }
-  }
 }
 
 // f(tile of m, its first pixel) for the tiles of a group.
@@ -244,14 +249,14 @@ struct RawOutput {
 
   void write(const Tiling::Group& g, int64_t index, int64_t begin, int64_t end, const Panels& m,
              int64_t first) const {
-    for (int64_t b = begin; b < end; ++b)
+    for_vectors(begin, end, y.C, m, [&](int64_t c, const float* from, auto lanes) {
       for_tiles_of(g, first, [&](int64_t tile, int64_t h, int64_t w) {
-        T* to = y.at(g.n, h, w) + b * kBlock;
-        transform_tile(m.at(0, b - begin, tile), m.plane(), y.H - h, y.W - w, y.C - b * kBlock,
-                       [&](int i, int j, int c, vfloat value, auto lanes) {
-                         store(to + i * y.sh + j * y.sw + c, value, lanes);
-                       });
+        T* to = y.at(g.n, h, w) + c;
+        transform_tile(
+            from + tile * kBlock, m.plane(), y.H - h, y.W - w,
+            [&](int i, int j, vfloat value) { store(to + i * y.sh + j * y.sw, value, lanes); });
       });
+    });
     if (!moments) return;
     const int64_t c = begin * kBlock;
     auto* mean = moments->values.data() + index * 2 * y.C + c;
@@ -274,31 +279,25 @@ struct SourceGrad {
   void write(const Tiling::Group& g, int64_t index, int64_t begin, int64_t end, const Panels& m,
              int64_t first) const {
     const Map<const T>& y = source.y;
-    for (int64_t b = begin; b < end; ++b) {
-      vfloat dscale[kVecs] = {}, dshift[kVecs] = {};
-      const int64_t c = b * kBlock;
-      const auto lanes_at = [&](int i) {
-        return static_cast<int>(std::clamp<int64_t>(dy.C - c - i, 0, kLanes));
-      };
+    for_vectors(begin, end, dy.C, m, [&](int64_t c, const float* from, auto lanes) {
+      const Channels<float> channel(source, g.n, c, lanes);
+      vfloat dscale{}, dshift{};
       for_tiles_of(g, first, [&](int64_t tile, int64_t h, int64_t w) {
-        const T* from = y.at(g.n, h, w) + c;
+        const T* raw = y.at(g.n, h, w) + c;
         T* to = dy.at(g.n, h, w) + c;
-        transform_tile(m.at(0, b - begin, tile), m.plane(), dy.H - h, dy.W - w, dy.C - c,
-                       [&](int i, int j, int k, vfloat dz, auto lanes) {
-                         const Channels<float> channel(source, g.n, c + k, lanes);
-                         const vfloat raw = load(from + i * y.sh + j * y.sw + k, lanes);
-                         const vfloat d = channel.act_bwd(dz, channel.preact(raw));
-                         store(to + i * dy.sh + j * dy.sw + k, channel.scale * d, lanes);
-                         dscale[k / kLanes] += d * (raw - channel.center);
-                         dshift[k / kLanes] += d;
+        transform_tile(from + tile * kBlock, m.plane(), dy.H - h, dy.W - w,
+                       [&](int i, int j, vfloat dz) {
+                         const vfloat value = load(raw + i * y.sh + j * y.sw, lanes);
+                         const vfloat d = channel.act_bwd(dz, channel.preact(value));
+                         store(to + i * dy.sh + j * dy.sw, channel.scale * d, lanes);
+                         dscale += d * (value - channel.center);
+                         dshift += d;
                        });
       });
       float* sum = sums.data() + index * 2 * dy.C + c;
-      for (int i = 0; i < kBlock && lanes_at(i) > 0; i += kLanes) {
-        store(sum + i, dscale[i / kLanes], lanes_at(i));
-        store(sum + dy.C + i, dshift[i / kLanes], lanes_at(i));
-      }
-    }
+      store(sum, dscale, lanes);
+      store(sum + dy.C, dshift, lanes);
+    });
   }
 };
 

@@ -1,0 +1,110 @@
+"""The compiled convolutions at sizes where each of their ways to work is taken.
+
+Their small cases are in test_conv_norm_act.py and test_conv_transpose.py.
+"""
+
+import pytest
+import torch
+from checks import FP32_BUDGET, assert_identical, check_dtype, evaluate, oracle
+from hypothesis import HealthCheck, given, settings
+from oracle import Conv, ConvTranspose, Source
+from test_conv_norm_act import ALL, cases, conv
+from torch.profiler import profile
+
+from fastunet.activation import BILINEAR, BILINEAR_ALIGN_CORNERS, MAX_POOL, NEAREST
+
+# Without activation behind them: among so many values rounding would flip a mask somewhere.
+LARGE = {
+    # large maps of few channels: a thread takes groups of tiles through all stages
+    "groups": conv("batch", Source(5, 131, 150), out_channels=7, parameters=ALL, slope=1.0),
+    "groups of a pair": conv(
+        "group",
+        Source(24, 126, 120, slope=1.0),
+        Source(9, 64, 61, BILINEAR_ALIGN_CORNERS, (-2, -2), "each", 1.0),
+        out_channels=24,
+        slope=1.0,
+    ),
+    "groups of pooled": conv("none", Source(16, 180, 261, MAX_POOL, slope=1.0), out_channels=40),
+    "groups of many samples": conv(
+        "instance", Source(3, 40, 44, rows="each", slope=1.0), n=9, slope=1.0
+    ),
+    # small maps of many channels: all threads go from stage to stage
+    "stages": conv("batch", Source(150, 21, 18, slope=1.0), out_channels=70, slope=1.0),
+    "stages of a pair": conv(
+        "frozen",
+        Source(40, 34, 38, slope=1.0),
+        Source(72, 17, 19, NEAREST, rows="each", slope=1.0),
+        out_channels=33,
+        parameters=ALL,
+    ),
+    # more transformed tiles than are held at a time
+    "batches of stages": conv("none", Source(530, 66, 62, slope=1.0), out_channels=17, n=1),
+    "thin": conv("none", Source(4, 1, 700, slope=1.0), Source(3, 1, 700, rows="plain")),
+    "transposed": ConvTranspose(Source(20, 50, 70, slope=1.0), 18),
+    "transposed, wide": ConvTranspose(Source(130, 12, 300, BILINEAR, slope=1.0), 33),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_oracle(build, name):
+    check_dtype(LARGE[name], torch.float32)
+
+
+@pytest.mark.parametrize("name", ["groups of a pair", "stages of a pair", "transposed"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half(build, name, dtype):
+    check_dtype(LARGE[name], dtype)
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_bitwise_over_threads(compiled, threads, name):
+    case = LARGE[name]
+    tensors = case.tensors()
+    results = []
+    for count in (1, 2, 3, 2):
+        threads(count)
+        results.append(evaluate(case.fast, tensors))
+    for other in results[1:]:
+        assert_identical(other, results[0])
+
+
+@given(case=cases())
+@settings(
+    max_examples=200,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+def test_any_chain(build, case):
+    """In fp32; rounding must not decide over masks, so without activation."""
+    sources = tuple(s._replace(slope=1.0, mode=0 if s.mode == 1 else s.mode) for s in case.sources)
+    sizes = {s.size for s in sources}
+    if len(sizes) > 1:
+        sources = sources[:1]
+    check_dtype(case._replace(sources=sources, slope=1.0), torch.float32)
+
+
+CONVOLUTIONS = {"aten::convolution", "aten::convolution_backward"}
+
+
+@pytest.mark.parametrize("case", [Conv((Source(8, 32, 32),)), ConvTranspose(Source(8, 32, 32))])
+def test_ieee_precision(compiled, case):
+    """Who asks for it gets PyTorch's direct convolution, forward and backward."""
+    tensors = case.tensors()
+
+    def run():
+        with profile() as called:
+            result = evaluate(case.fast, tensors)
+        return result, {e.key for e in called.key_averages()} & CONVOLUTIONS
+
+    ours, names = run()
+    assert not names
+    torch.backends.mkldnn.conv.fp32_precision = "ieee"
+    try:
+        direct, names = run()
+    finally:
+        torch.backends.mkldnn.conv.fp32_precision = "none"
+    assert names == CONVOLUTIONS
+    exact = oracle(case, tensors)["out"]
+    errors = [(r["out"].double() - exact).norm() / exact.norm() for r in (ours, direct)]
+    assert errors[1] <= errors[0] <= FP32_BUDGET
