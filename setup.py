@@ -74,6 +74,8 @@ def compiled_build():
                 if required:
                     raise
                 leave_out(f"the C++ kernels did not compile: {error}")
+                if not self.inplace:  # the package's files were copied before this
+                    self.copy_file(str(BUILD_NOTE), os.path.join(self.build_lib, "fastunet"))
                 self.extensions = []
 
         def copy_extensions_to_source(self):
