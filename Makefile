@@ -7,12 +7,17 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 # Tests run in two processes of one thread each.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: help setup demo test test-all lint format bench clean
+# A copy of the package whose kernels check addresses and undefined behaviour.
+CHECKED := build/checked
+SANITIZERS := $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
+
+.PHONY: help setup demo test test-all sanitize lint format bench clean
 
 help:
 	@echo "make demo      train the plain U-Net and FastUNet side by side on real MR images"
 	@echo "make test      the test suite"
 	@echo "make test-all  the same with every combination, for an hour or so"
+	@echo "make sanitize  the operators' tests with AddressSanitizer and UBSan in the kernels"
 	@echo "make bench     measure against eager PyTorch and write benchmarks/results"
 	@echo "make lint      ruff, clang-format and mypy"
 	@echo "make format    let ruff and clang-format write"
@@ -31,6 +36,11 @@ test: $(READY)
 
 test-all: $(READY)
 	$(PYTEST) -m "not gpu"
+
+sanitize: $(READY)
+	FASTUNET_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib $(CHECKED)
+	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(CHECKED) \
+		$(BIN)/python -m pytest $(or $(TESTS),tests/ops)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.run

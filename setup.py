@@ -8,6 +8,7 @@ FASTUNET_CPU=0    skip the compiled kernels
 FASTUNET_CPU=1    fail the build where they cannot be compiled (otherwise the package is installed
                   without them, and `fastunet doctor` says why)
 MAX_JOBS=n        compile in n jobs (2 by default)
+FASTUNET_SANITIZE=1  with AddressSanitizer and UndefinedBehaviorSanitizer, see `make sanitize`
 """
 
 import os
@@ -35,6 +36,10 @@ def cpu_extensions():
         builds["avx512"] = [*builds["avx2"], "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
         # GCC 12 warns of its own headers (bug 105593).
         builds["avx512"] += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+    link = []
+    if os.environ.get("FASTUNET_SANITIZE") == "1":
+        link = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+        flags += ["-O1", "-g1", "-fno-omit-frame-pointer", *link]
     return [
         CppExtension(
             f"fastunet._cpu_{name}",
@@ -45,6 +50,7 @@ def cpu_extensions():
                 ("FASTUNET_LIBRARY", f"fastunet_cpu_{name}"),
             ],
             extra_compile_args=flags + isa,
+            extra_link_args=link,
             py_limited_api=True,
         )
         for name, isa in builds.items()

