@@ -142,11 +142,12 @@ FASTUNET_INLINE void store(T* p, vec<acc_t<T>> v, int n) {
 
 template <class A>
 FASTUNET_INLINE A sum_lanes(vec<A> v) {
-  A lanes[kLanes];
-  store(lanes, v);
-  for (int n = kLanes / 2; n > 0; n /= 2)
-    for (int i = 0; i < n; ++i) lanes[i] += lanes[i + n];
-  return lanes[0];
+#ifdef __AVX512F__
+  if constexpr (std::is_same_v<A, float>) return _mm512_reduce_add_ps((__m512)v);
+#endif
+  A sum[4] = {v[0], v[1], v[2], v[3]};
+  for (int i = 4; i < kLanes; ++i) sum[i % 4] += v[i];
+  return (sum[0] + sum[2]) + (sum[1] + sum[3]);
 }
 
 // Calls f(first pixel, end pixel, channel, lanes) over [0, pixels) x [0, channels): tiles small
