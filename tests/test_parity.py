@@ -111,6 +111,16 @@ def test_float32(options, mode, size, layout):
     assert_as_accurate(options, mode, size, layout, times=6)
 
 
+@matrix(every=5)
+def test_float32_ieee(options, mode, size, layout):
+    """With the direct convolution, for users who ask PyTorch for it."""
+    torch.backends.mkldnn.conv.fp32_precision = "ieee"
+    try:
+        assert_as_accurate(options, mode, size, layout)
+    finally:
+        torch.backends.mkldnn.conv.fp32_precision = "none"
+
+
 @matrix(every=4, sizes=LARGER, layouts=("contiguous", "both"))
 def test_bfloat16_autocast(options, mode, size, layout):
     assert_as_accurate(options, mode, size, layout, torch.bfloat16, seeds=4, winner=0.03)
