@@ -59,7 +59,7 @@ Map<T> dense_map(const Tensor& t, const char* name) {
   require(t.numel() == 0 || ((m.W == 1 || m.sw == m.C) && (m.H == 1 || m.sh == m.W * m.C) &&
                              (m.N == 1 || m.sn == m.H * m.W * m.C)),
           name, " must be channels_last without gaps");
-  return {m.data, m.N, m.C, m.H, m.W, m.H * m.W * m.C, m.W * m.C, m.C};
+  return dense(m.data, m.N, m.C, m.H, m.W);
 }
 
 // A map that is about to be written, and may have been allocated just now.

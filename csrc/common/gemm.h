@@ -1,6 +1,8 @@
-// The two products of Winograd's algorithm, per point, on channels in blocks of 16:
-//   multiply     m[n][t] (+)= sum over k of v[k][t] * u[n][k]     forward: k input, n output
-//   channels correlate    du[i][n]  =  sum over t of v[i][t] * d[n][t]     weight gradient, t tiles
+// Matrix products of values in blocks of 16 channels, v: [blocks][t][16], where t counts tiles (of
+// one point of Winograd's algorithm) or pixels:
+//
+//   multiply     m[n][t] (+)= sum over k of v[k][t] * u[n][k]
+//   correlate    du[i][n]   = sum over t of v[i][t] * d[n][t]
 #pragma once
 
 #include <utility>
@@ -21,19 +23,43 @@ inline constexpr int kRows = 6, kBlocks = 1, kGradRows = 4;
 inline constexpr int kRows = 2, kBlocks = 1, kGradRows = 2;
 #endif
 
-// Winograd-domain maps, [points][blocks][tiles][16]. Planes are a cache line further apart than
-// they are large, so that the points of one tile do not fall into the same sets of a cache.
-struct Panels {
-  float* data;
-  int64_t blocks, tiles;
+inline int64_t blocks_of(int64_t channels) { return ceil_div(channels, kBlock); }
 
-  static int64_t floats(int64_t blocks, int64_t tiles) {
-    return 36 * (blocks * tiles + 1) * kBlock;
+// R rows by B blocks of sums, in registers.
+template <int R, int B>
+struct Sums {
+  vfloat at[R][B][kVecs] = {};
+
+  // f(row, block, offset in the block, sum)
+  template <class F>
+  FASTUNET_INLINE void each(F f) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int b = 0; b < B; ++b)
+#pragma GCC unroll 4
+        for (int i = 0; i < kVecs; ++i) f(r, b, i * kLanes, at[r][b][i]);
   }
-  int64_t plane() const { return (blocks * tiles + 1) * kBlock; }
-  int64_t block() const { return tiles * kBlock; }
-  float* at(int64_t point, int64_t b, int64_t tile = 0) const {
-    return data + point * plane() + b * block() + tile * kBlock;
+
+  // at[r][b] += x[r * row] * w[b * block]: one value per row by a block of values
+  FASTUNET_INLINE void add_product(const float* x, int64_t row, const float* w, int64_t block) {
+    vfloat factors[B][kVecs];
+#pragma GCC unroll 4
+    for (int b = 0; b < B; ++b)
+#pragma GCC unroll 4
+      for (int i = 0; i < kVecs; ++i) factors[b][i] = load(w + b * block + i * kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const vfloat value = splat(x[r * row]);
+#pragma GCC unroll 4
+      for (int b = 0; b < B; ++b)
+#pragma GCC unroll 4
+        for (int i = 0; i < kVecs; ++i) at[r][b][i] += value * factors[b][i];
+    }
+  }
+
+  FASTUNET_INLINE void store_to(float* to, int64_t row, int64_t block) {
+    each([&](int r, int b, int c, vfloat sum) { store(to + r * row + b * block + c, sum); });
   }
 };
 
@@ -41,39 +67,15 @@ struct Panels {
 template <int R, int B>
 void multiply_tile(const float* v, int64_t v_block, const float* u, int64_t u_block, int64_t K,
                    float* m, int64_t m_block, bool add) {
-  vfloat acc[R][B][kVecs];
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int b = 0; b < B; ++b)
-#pragma GCC unroll 4
-      for (int i = 0; i < kVecs; ++i)
-        acc[r][b][i] = add ? load(m + b * m_block + r * kBlock + i * kLanes) : vfloat{};
+  Sums<R, B> sums;
+  if (add)
+    sums.each(
+        [&](int r, int b, int c, vfloat& sum) { sum = load(m + b * m_block + r * kBlock + c); });
   for (; K > 0; K -= kBlock, v += v_block, u += kBlock * kBlock) {
     const int64_t count = K < kBlock ? K : kBlock;
-    for (int64_t k = 0; k < count; ++k) {
-      vfloat w[B][kVecs];
-#pragma GCC unroll 4
-      for (int b = 0; b < B; ++b)
-#pragma GCC unroll 4
-        for (int i = 0; i < kVecs; ++i) w[b][i] = load(u + b * u_block + k * kBlock + i * kLanes);
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        const vfloat x = splat(v[r * kBlock + k]);
-#pragma GCC unroll 4
-        for (int b = 0; b < B; ++b)
-#pragma GCC unroll 4
-          for (int i = 0; i < kVecs; ++i) acc[r][b][i] += x * w[b][i];
-      }
-    }
+    for (int64_t k = 0; k < count; ++k) sums.add_product(v + k, kBlock, u + k * kBlock, u_block);
   }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int b = 0; b < B; ++b)
-#pragma GCC unroll 4
-      for (int i = 0; i < kVecs; ++i)
-        store(m + b * m_block + r * kBlock + i * kLanes, acc[r][b][i]);
+  sums.store_to(m, kBlock, m_block);
 }
 
 // Calls f with `rows` as a compile-time number in 1 ... kRows.
@@ -112,30 +114,11 @@ inline void multiply(const float* v, int64_t v_block, const float* u, int64_t K,
 template <int B>
 void correlate_blocks(const float* v, const float* d, int64_t d_block, int64_t tiles, float* du,
                       int64_t du_row) {
-  for (int i0 = 0; i0 < kBlock; i0 += kGradRows) {
-    vfloat acc[kGradRows][B][kVecs] = {};
-    for (int64_t t = 0; t < tiles; ++t) {
-      vfloat w[B][kVecs];
-#pragma GCC unroll 4
-      for (int b = 0; b < B; ++b)
-#pragma GCC unroll 4
-        for (int i = 0; i < kVecs; ++i) w[b][i] = load(d + b * d_block + t * kBlock + i * kLanes);
-#pragma GCC unroll 16
-      for (int r = 0; r < kGradRows; ++r) {
-        const vfloat x = splat(v[t * kBlock + i0 + r]);
-#pragma GCC unroll 4
-        for (int b = 0; b < B; ++b)
-#pragma GCC unroll 4
-          for (int i = 0; i < kVecs; ++i) acc[r][b][i] += x * w[b][i];
-      }
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < kGradRows; ++r)
-#pragma GCC unroll 4
-      for (int b = 0; b < B; ++b)
-#pragma GCC unroll 4
-        for (int i = 0; i < kVecs; ++i)
-          store(du + (i0 + r) * du_row + b * kBlock + i * kLanes, acc[r][b][i]);
+  for (int i = 0; i < kBlock; i += kGradRows) {
+    Sums<kGradRows, B> sums;
+    for (int64_t t = 0; t < tiles; ++t)
+      sums.add_product(v + t * kBlock + i, 1, d + t * kBlock, d_block);
+    sums.store_to(du + i * du_row, du_row, kBlock);
   }
 }
 

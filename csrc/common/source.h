@@ -15,7 +15,14 @@ struct Map {
   int64_t sn, sh, sw;
 
   T* at(int64_t n, int64_t h, int64_t w = 0) const { return data + n * sn + h * sh + w * sw; }
+  Map<const T> read_only() const { return {data, N, C, H, W, sn, sh, sw}; }
 };
+
+// A map without gaps between pixels.
+template <class T>
+Map<T> dense(T* data, int64_t N, int64_t C, int64_t H, int64_t W) {
+  return {data, N, C, H, W, H * W * C, W * C, C};
+}
 
 // z = act(scale * (y - center) + shift), one row of C values per sample or one for all;
 // the activation multiplies negative values by `slope` (0: ReLU, 1: none).

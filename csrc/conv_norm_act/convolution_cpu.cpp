@@ -77,13 +77,11 @@ void source_grad(const Input<T>& grad, const Weight& weight, const Pending<T>& s
     return;
   }
   const Tensor dz = torch::stable::new_empty(like, {grad.N, grad.H, grad.W, C});
-  const Map<T> map{data<T>(dz, "dz"),   grad.N,     C, grad.H, grad.W,
-                   grad.H * grad.W * C, grad.W * C, C};
+  const Map<T> map = dense(data<T>(dz, "dz"), grad.N, C, grad.H, grad.W);
   prefer_huge_pages(map.data, dz.numel() * sizeof(T));
   Convolution<T, RawOutput<T>>(grad, weight, {map, nullptr}).run();
-  resample_map_bwd<T>(source.source, source.mode, source.taps,
-                      {map.data, map.N, map.C, map.H, map.W, map.sn, map.sh, map.sw}, dy, dscale,
-                      dshift, rows_of_source);
+  resample_map_bwd<T>(source.source, source.mode, source.taps, map.read_only(), dy, dscale, dshift,
+                      rows_of_source);
 }
 
 void conv_norm_act_bwd(MaybeTensor dweight, Tensor dgamma, Tensor dbeta, MaybeTensor dy0,
@@ -111,7 +109,7 @@ void conv_norm_act_bwd(MaybeTensor dweight, Tensor dgamma, Tensor dbeta, MaybeTe
     affine_bwd(g, v, ds, db, eps, rows<float>(dgamma, from.C, "dgamma"),
                rows<float>(dbeta, from.C, "dbeta"));
     Input<T> grad{{}, from.N, from.H, from.W, from.C};
-    Source<T> of_y{from, identity.zeros.data(), identity.ones.data(), identity.zeros.data(), 0, 1};
+    Source<T> of_y = identity.of<T>(from);
     const bool statistics = norm == "batch" || norm == "group";
     const NormalizationBwd<float> terms(g, s, v, ds, db, eps);
     if (statistics && (ds || db)) {
@@ -153,8 +151,8 @@ FASTUNET_KERNEL(conv_norm_act,
                 "Tensor(b!) center, Tensor(c!) scale, Tensor(d!) shift, Tensor(e!) var) -> ()")
 FASTUNET_KERNEL(conv_norm_act_bwd,
                 "conv_norm_act_bwd(Tensor(a!)? dweight, Tensor(b!) dgamma, Tensor(c!) dbeta, "
-                "Tensor(d!)? dy0_out, Tensor(e!)? dscale0, Tensor(f!)? dshift0, "
-                "Tensor(g!)? dy1_out, Tensor(h!)? dscale1, Tensor(i!)? dshift1, Tensor dy, "
+                "Tensor(d!)? dy0, Tensor(e!)? dscale0, Tensor(f!)? dshift0, "
+                "Tensor(g!)? dy1, Tensor(h!)? dscale1, Tensor(i!)? dshift1, Tensor dy, "
                 "Tensor? dscale, Tensor? dshift, " FASTUNET_SOURCES
                 ", Tensor weight, str norm, int groups, float eps, Tensor? y, Tensor center, "
                 "Tensor scale, Tensor var) -> ()")

@@ -37,8 +37,6 @@ inline constexpr int64_t kWeightBytes = 12 << 20;
 // tiles in a group from which the weight's gradient, which adds up between groups, works by group.
 inline constexpr int64_t kGradTiles = 20;
 
-inline int64_t blocks_of(int64_t channels) { return ceil_div(channels, kBlock); }
-
 // Output: RawOutput or SourceGrad.
 template <class T, class Output>
 class Convolution {
@@ -94,9 +92,7 @@ class Convolution {
     const int64_t batch = std::max<int64_t>(1, fit / tiling.max_tiles());  // groups
     for (int64_t first = 0; first < tiling.count(); first += batch) {
       const int64_t last = std::min(first + batch, tiling.count());
-      std::vector<int64_t> offsets{0};  // of the groups' tiles
-      for (int64_t g = first; g < last; ++g)
-        offsets.push_back(offsets.back() + tiling.group(g).tiles());
+      const std::vector<int64_t> offsets = tiling.offsets(first, last);
       const int64_t tiles = offsets.back();
       const Panels v{shared_workspace().get(Panels::floats(inputs, tiles)), inputs, tiles};
       torch::stable::parallel_for(0, (last - first) * inputs, 1, [&](int64_t begin, int64_t end) {
@@ -216,14 +212,12 @@ class WeightGrad {
     const int64_t fit = kBatchBytes / (kPoints * (inputs + outputs) * kBlock * 4);
     const int64_t batch = std::max<int64_t>(1, fit / tiling.max_tiles());
     const int64_t most = std::min(batch, tiling.count()) * tiling.max_tiles();
-    float* sums = shared_workspace().get(sum_floats() + Panels::floats(inputs + outputs, most) +
-                                         kPoints * kBlock);
+    float* sums = shared_workspace().get(sum_floats() + Panels::floats(inputs, most) +
+                                         Panels::floats(outputs, most));
     std::fill_n(sums, sum_floats(), 0.0f);
     for (int64_t first = 0; first < tiling.count(); first += batch) {
       const int64_t last = std::min(first + batch, tiling.count());
-      std::vector<int64_t> offsets{0};
-      for (int64_t g = first; g < last; ++g)
-        offsets.push_back(offsets.back() + tiling.group(g).tiles());
+      const std::vector<int64_t> offsets = tiling.offsets(first, last);
       const int64_t tiles = offsets.back();
       const Panels v{sums + sum_floats(), inputs, tiles};
       const Panels d{v.data + Panels::floats(inputs, tiles), outputs, tiles};
@@ -288,13 +282,7 @@ class WeightGrad {
               for (int64_t s = 1; s < shares; ++s) total += load(from + s * sum_floats());
               store(taps + t * kBlock + c, total);
             }
-          float* to = dweight_ + (b * kBlock * I + i) * kTaps;
-          if (O - b * kBlock >= kBlock) {
-            scatter_taps(taps, to, I * kTaps);
-          } else {
-            for (int64_t o = 0; o < O - b * kBlock; ++o)
-              for (int t = 0; t < kTaps; ++t) to[o * I * kTaps + t] = taps[t * kBlock + o];
-          }
+          scatter_taps(taps, I * kTaps, O - b * kBlock, dweight_ + (b * kBlock * I + i) * kTaps);
         }
     });
   }

@@ -48,6 +48,29 @@ struct Tiling {
     out.columns = ceil_div(out.width, kTile);
     return out;
   }
+
+  // Where the tiles of groups [first, last) begin, counted through; and their number.
+  std::vector<int64_t> offsets(int64_t first, int64_t last) const {
+    std::vector<int64_t> found{0};
+    for (int64_t g = first; g < last; ++g) found.push_back(found.back() + group(g).tiles());
+    return found;
+  }
+};
+
+// Winograd-domain maps, [points][blocks][tiles][16]. Planes are a cache line further apart than
+// they are large, so that the points of one tile do not fall into the same sets of a cache.
+struct Panels {
+  float* data;
+  int64_t blocks, tiles;
+
+  static int64_t floats(int64_t blocks, int64_t tiles) {
+    return kPoints * Panels{nullptr, blocks, tiles}.plane();
+  }
+  int64_t plane() const { return (blocks * tiles + 1) * kBlock; }
+  int64_t block() const { return tiles * kBlock; }
+  float* at(int64_t point, int64_t b, int64_t tile = 0) const {
+    return data + point * plane() + b * block() + tile * kBlock;
+  }
 };
 
 // One row of tiles: the patch of pixels [h, h + kIn) x [w, w + columns) of one block of channels,

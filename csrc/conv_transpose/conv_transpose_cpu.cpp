@@ -59,10 +59,9 @@ void conv_transpose_bwd(MaybeTensor dweight, Tensor dbias, MaybeTensor dy0, Mayb
     float* dscale = rows<float>(dscale0, rows_of_source * C, "dscale of the source");
     float* dshift = rows<float>(dshift0, rows_of_source * C, "dshift of the source");
     const Tensor dz = torch::stable::new_empty(dy, {in.N, in.H, in.W, C});
-    const Map<T> z{data<T>(dz, "dz"), in.N, C, in.H, in.W, in.H * in.W * C, in.W * C, C};
+    const Map<T> z = dense(data<T>(dz, "dz"), in.N, C, in.H, in.W);
     kernel.backward(from, dw, db, z);
-    resample_map_bwd<T>(source.source, source.mode, source.taps,
-                        {z.data, z.N, z.C, z.H, z.W, z.sn, z.sh, z.sw}, to, dscale, dshift,
+    resample_map_bwd<T>(source.source, source.mode, source.taps, z.read_only(), to, dscale, dshift,
                         rows_of_source);
   });
 }
@@ -75,6 +74,6 @@ FASTUNET_KERNEL(conv_transpose,
 FASTUNET_KERNEL(conv_transpose_bwd,
                 "conv_transpose_bwd(Tensor(a!)? dweight, Tensor(b!) dbias, Tensor(c!)? dy0, "
                 "Tensor(d!)? dscale, Tensor(e!)? dshift, Tensor dy, Tensor y, Tensor? center, "
-                "Tensor? scale, Tensor? shift_, float slope, int mode, Tensor weight) -> ()")
+                "Tensor? scale, Tensor? shift, float slope, int mode, Tensor weight) -> ()")
 
 }  // namespace fastunet

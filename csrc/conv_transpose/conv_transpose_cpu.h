@@ -9,11 +9,8 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#ifdef __SSE__
-#include <immintrin.h>
-#endif
-
 #include "common/gemm.h"
+#include "common/transpose.h"
 #include "common/workspace.h"
 #include "resample/input.h"
 
@@ -21,27 +18,11 @@ namespace fastunet {
 
 inline constexpr int kWindow = 4;  // taps
 
-// to[t * plane + i] = from[i * stride + t] for 4 channels i and the 4 taps t.
-FASTUNET_INLINE void transpose_taps(const float* from, int64_t stride, float* to, int64_t plane) {
-#ifdef __SSE__
-  __m128 a = _mm_loadu_ps(from), b = _mm_loadu_ps(from + stride);
-  __m128 c = _mm_loadu_ps(from + 2 * stride), d = _mm_loadu_ps(from + 3 * stride);
-  _MM_TRANSPOSE4_PS(a, b, c, d);
-  _mm_storeu_ps(to, a);
-  _mm_storeu_ps(to + plane, b);
-  _mm_storeu_ps(to + 2 * plane, c);
-  _mm_storeu_ps(to + 3 * plane, d);
-#else
-  for (int i = 0; i < 4; ++i)
-    for (int t = 0; t < kWindow; ++t) to[t * plane + i] = from[i * stride + t];
-#endif
-}
-
 // to[t][i] = from[i * stride + t] for `count` channels i, zeros for the rest of the block.
 FASTUNET_INLINE void pack_taps(const float* from, int64_t stride, int64_t count, float* to,
                                int64_t plane) {
   if (count >= kBlock) {
-    for (int i = 0; i < kBlock; i += 4) transpose_taps(from + i * stride, stride, to + i, plane);
+    for (int i = 0; i < kBlock; i += 4) transpose_4x4(from + i * stride, stride, to + i, plane);
     return;
   }
   for (int t = 0; t < kWindow; ++t)
@@ -53,12 +34,7 @@ class ConvTranspose {
  public:
   // weight: [I, O, 2, 2] dense.
   ConvTranspose(const Input<T>& in, const float* weight, int64_t O)
-      : in_(in),
-        weight_(weight),
-        I_(in.C),
-        O_(O),
-        ib_(ceil_div(I_, kBlock)),
-        ob_(ceil_div(O, kBlock)) {}
+      : in_(in), weight_(weight), I_(in.C), O_(O), ib_(blocks_of(I_)), ob_(blocks_of(O)) {}
 
   void forward(const float* bias, const Map<T>& y) const {
     for_batches(ib_, [&](int64_t first, int64_t last, float* v, int64_t stride) {

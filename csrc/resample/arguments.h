@@ -28,6 +28,11 @@ struct SourceArguments {
 struct Identity {
   std::vector<float> zeros, ones;
   explicit Identity(int64_t C) : zeros(C, 0.0f), ones(C, 1.0f) {}
+
+  template <class T>
+  Source<T> of(const Map<const T>& y) const {
+    return {y, zeros.data(), ones.data(), zeros.data(), 0, 1};
+  }
 };
 
 template <class T, class Size>
@@ -39,8 +44,8 @@ Input<T> input(const Map<Size>& size, const Identity& identity,
     const Mode mode = checked_mode(a.mode);
     const auto m = map<const T>(*a.y, "y");
     require(m.N == size.N, "sources must have the samples of the output, ", size.N, ", got ", m.N);
-    Source<T> s{m, identity.zeros.data(), identity.ones.data(), identity.zeros.data(), 0, 1};
-    if (a.scale) s = source<T>(*a.y, *a.center, *a.scale, *a.shift, a.slope);
+    const Source<T> s =
+        a.scale ? source<T>(*a.y, *a.center, *a.scale, *a.shift, a.slope) : identity.of<T>(m);
     in.sources.emplace_back(s, mode, a.scale ? Load::affine : Load::plain);
     in.C += m.C;
   }

@@ -152,13 +152,16 @@ def cases(draw):
     )
 
 
-@given(case=cases())
-@settings(
+MANY = settings(
     max_examples=200,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
+
+
+@given(case=cases())
+@MANY
 def test_any_chain(implementation, case):
     check_oracle(case, torch.float64)
 

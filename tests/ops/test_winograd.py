@@ -6,12 +6,12 @@ Their small cases are in test_conv_norm_act.py and test_conv_transpose.py.
 import pytest
 import torch
 from checks import FP32_BUDGET, assert_identical, check_dtype, evaluate, oracle
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from oracle import Conv, ConvTranspose, Source
-from test_conv_norm_act import ALL, cases, conv
+from test_conv_norm_act import ALL, MANY, cases, conv
 from torch.profiler import profile
 
-from fastunet.activation import BILINEAR, BILINEAR_ALIGN_CORNERS, MAX_POOL, NEAREST
+from fastunet.activation import BILINEAR, BILINEAR_ALIGN_CORNERS, MAX_POOL, NEAREST, NONE
 
 # Without activation behind them: among so many values rounding would flip a mask somewhere.
 LARGE = {
@@ -69,17 +69,13 @@ def test_bitwise_over_threads(compiled, threads, name):
 
 
 @given(case=cases())
-@settings(
-    max_examples=200,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@MANY
 def test_any_chain(build, case):
     """In fp32; rounding must not decide over masks, so without activation."""
-    sources = tuple(s._replace(slope=1.0, mode=0 if s.mode == 1 else s.mode) for s in case.sources)
-    sizes = {s.size for s in sources}
-    if len(sizes) > 1:
+    sources = tuple(
+        s._replace(slope=1.0, mode=NONE if s.mode == MAX_POOL else s.mode) for s in case.sources
+    )
+    if len({s.size for s in sources}) > 1:
         sources = sources[:1]
     check_dtype(case._replace(sources=sources, slope=1.0), torch.float32)
 

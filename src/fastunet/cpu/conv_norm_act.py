@@ -20,7 +20,7 @@ NO_SOURCE = (None, None, None, None, 1.0, 0)
 def convolves(x: Tensor) -> bool:
     """Whether the kernels serve maps like ``x``.
 
-    They compute in fp32 by Winograd's algorithm, whose error is about twice that of summing
+    They compute in fp32 by Winograd's algorithm, whose error is two to five times that of summing
     directly. For fp64, and where a user asks for ``ieee`` precision
     (``torch.backends.mkldnn.conv.fp32_precision``), PyTorch's convolution does the work.
     """
