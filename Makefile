@@ -11,14 +11,19 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 CHECKED := build/checked
 SANITIZERS := $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
 
-.PHONY: help setup demo test test-all sanitize lint format bench clean
+# Of make gpu: all, check, sanitize, ceilings, operators, networks or memory.
+STAGE ?= all
+
+.PHONY: help setup demo test test-all sanitize kernels lint format bench gpu clean
 
 help:
 	@echo "make demo      train the plain U-Net and FastUNet side by side on real MR images"
 	@echo "make test      the test suite"
 	@echo "make test-all  the same with every combination, for an hour or so"
 	@echo "make sanitize  the operators' tests with AddressSanitizer and UBSan in the kernels"
+	@echo "make kernels   what each GPU kernel compiles to: registers, spills, shared memory"
 	@echo "make bench     measure against eager PyTorch and write benchmarks/results"
+	@echo "make gpu       on an NVIDIA GPU: test and measure everything; STAGE=check for a part of it"
 	@echo "make lint      ruff, clang-format and mypy"
 	@echo "make format    let ruff and clang-format write"
 
@@ -42,8 +47,14 @@ sanitize: $(READY)
 	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(CHECKED) \
 		$(BIN)/python -m pytest $(or $(TESTS),tests/ops)
 
+kernels: $(READY)
+	$(BIN)/python tools/kernels.py
+
 bench: $(READY)
 	$(BIN)/python -m benchmarks.run
+
+gpu: $(READY)
+	$(BIN)/python -m benchmarks.gpu --stage $(STAGE) $(if $(OUT),--out $(OUT))
 
 lint: $(READY)
 	$(BIN)/ruff check .

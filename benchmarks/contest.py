@@ -1,5 +1,6 @@
 """What is measured: cases, their contenders, and the gate that comes before any timing."""
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -8,10 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastunet import backend
 from fastunet.memory import measure_allocations, saved_for_backward
 
+# A contender's name is made of words. More may follow: fastunet's backend; torch.compile's mode, or
+# its memory budget; `graph`: replayed as a CUDA graph; `checkpoint`: backward recomputes blocks.
 CONTIGUOUS, CHANNELS_LAST, COMPILED = "eager contiguous", "eager channels_last", "compile"
 FASTUNET, ORACLE = "fastunet", "float64"
+BUDGETED, AUTOTUNED = "compile budget 0.5", "compile max-autotune"
 EAGER = (CONTIGUOUS, CHANNELS_LAST)
 # Nothing this far from float64 passes, whatever eager's error. Through a whole network in 16 bit
 # eager is 0.3 to 0.5 off in its gradients: there the gate finds blunders only.
@@ -20,18 +25,25 @@ MOST = {torch.float32: 0.1, torch.bfloat16: 0.9}
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and in which precision everything runs; 16-bit dtypes run under autocast."""
+    """Where, in which precision and between whom; 16-bit dtypes run under autocast."""
 
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
-    compile: bool = False
+    contenders: tuple[str, ...] = (*EAGER, FASTUNET)
 
     def autocast(self) -> torch.autocast:
         low = self.dtype in (torch.bfloat16, torch.float16)
         return torch.autocast(self.device, self.dtype if low else None, enabled=low)
 
     def oracle(self) -> "Setting":
-        return replace(self, dtype=torch.float64, compile=False)
+        return replace(self, dtype=torch.float64)
+
+
+def serving(name: str) -> contextlib.AbstractContextManager:
+    """The backend that a contender's name asks for: ``fastunet triton``."""
+    words = name.split()
+    explicit = words[0] == FASTUNET and len(words) > 1
+    return backend(words[1]) if explicit else contextlib.nullcontext()
 
 
 @dataclass(frozen=True)
@@ -41,11 +53,13 @@ class Contender:
     run: the work that is timed; returns the tensors that the gate compares.
     record: the forward alone, recorded by autograd; None where the case has no backward.
     parameters: tensors that do not count as saved for backward.
+    reads: what the work has to read, where it moves little else than that and its results.
     """
 
     run: Callable[[], list[Tensor]]
     record: Callable[[], object] | None = None
     parameters: Iterable[Tensor] = ()
+    reads: Iterable[Tensor] = ()
 
 
 @dataclass(frozen=True)
@@ -70,12 +84,16 @@ class Case:
         return f"{self.group}/{self.name}/{self.phase}"
 
     def contenders(self, setting: Setting) -> list[str]:
-        compiled = [COMPILED] if setting.compile and self.can_compile else []
-        return [*EAGER, *compiled, FASTUNET]
+        names = setting.contenders
+        return [n for n in names if self.can_compile or not n.startswith(COMPILED)]
 
 
 class GateError(AssertionError):
     """A contender's results are wrong, so its speed means nothing."""
+
+    def __init__(self, message: str, contender: str):
+        super().__init__(message)
+        self.contender = contender
 
 
 class Gated(NamedTuple):
@@ -92,7 +110,11 @@ def gate(case: Case, setting: Setting) -> Gated:
         GateError: where an error is above the case's floor and above twice that of eager PyTorch
             in the same precision.
     """
-    oracle = [t.cpu() for t in case.make(ORACLE, setting.oracle()).run()]
+    search, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    try:  # in float64 a search for the fastest algorithms takes too long
+        oracle = [t.detach() for t in case.make(ORACLE, setting.oracle()).run()]
+    finally:
+        torch.backends.cudnn.benchmark = search
     contenders, errors = {}, {}
     for name in case.contenders(setting):
         contenders[name] = case.make(name, setting)
@@ -103,7 +125,8 @@ def gate(case: Case, setting: Setting) -> Gated:
         if not error <= allowed:
             raise GateError(
                 f"{case.id}: {name} is {error:.2g} from float64 (relative L2), "
-                f"allowed is {allowed:.2g}; eager PyTorch is {eager:.2g} from it"
+                f"allowed is {allowed:.2g}; eager PyTorch is {eager:.2g} from it",
+                name,
             )
     return Gated(contenders, errors)
 
@@ -114,17 +137,25 @@ def distance(results: list[Tensor], oracle: list[Tensor]) -> float:
     assert len(results) == len(oracle), f"{len(results)} results, expected {len(oracle)}"
     squares = []
     for result, expected in zip(results, oracle, strict=True):
-        expected = expected.detach()
-        difference = result.detach().cpu().double().reshape(expected.shape) - expected
+        difference = result.detach().double().reshape(expected.shape) - expected
         squares.append(float(difference.norm() / expected.norm()) ** 2)
     error = math.sqrt(sum(squares) / len(squares))
     return error if math.isfinite(error) else math.inf
 
 
 def memory(contender: Contender, device: str) -> dict[str, int | None]:
-    """peak_bytes of the work, and saved_bytes of its recorded forward, for a warm contender."""
+    """peak_bytes of the work, and saved_bytes of its recorded forward, for a warm contender.
+
+    The peak is None for the replay of a graph, which allocates nothing.
+    """
     peak = measure_allocations(contender.run, device).peak_bytes
     saved = None
     if contender.record is not None:
         saved = saved_for_backward(contender.record, contender.parameters)
-    return {"peak_bytes": peak, "saved_bytes": saved}
+    return {"peak_bytes": peak or None, "saved_bytes": saved}
+
+
+def traffic(contender: Contender) -> int | None:
+    """Bytes of what the work reads and of its results, each once; None where nobody says."""
+    reads = list(contender.reads)
+    return sum(t.nbytes for t in [*reads, *contender.run()]) if reads else None

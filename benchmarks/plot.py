@@ -1,4 +1,5 @@
-"""The README's bar plot: FastUNet's training step against eager PyTorch, time and memory."""
+"""The README's bar plot: FastUNet's training step against eager PyTorch, time and memory; and of a
+GPU's contests, everyone's time against eager PyTorch."""
 
 import json
 from pathlib import Path
@@ -6,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from .contest import FASTUNET
+from .contest import EAGER, FASTUNET
 
 COLORS = {"step time": "#2a6f97", "saved for backward": "#e09f3e"}
 WIDTH = 0.38
@@ -49,6 +50,33 @@ def plot(results: Path, directory: Path) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{results.stem}.png"
     figure.savefig(path, dpi=150)
+    return path
+
+
+def plot_contests(results: Path) -> Path:
+    """Draws the ratios to eager PyTorch of every contender of a file, beside that file."""
+    run = json.loads(results.read_text())
+    ratios: dict[str, dict[str, float]] = {}  # contender -> case -> ratio
+    for case in run["results"]:
+        for name, contender in case["contenders"].items():
+            if name not in EAGER:
+                title = f"{case['name']} {case['phase']}"
+                ratios.setdefault(name, {}).setdefault(title, contender["ratio"])
+    cases = sorted({case for found in ratios.values() for case in found})
+    figure = Figure(figsize=(9, 0.3 * len(cases) + 1.6), layout="constrained")
+    axes = figure.subplots()
+    for name, found in ratios.items():
+        axes.plot(list(found.values()), [cases.index(case) for case in found], "o", label=name)
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_yticks(range(len(cases)), cases)
+    axes.invert_yaxis()
+    axes.set_xlabel("time / eager PyTorch's in its faster memory format (less is better)")
+    device = run["hardware"]["gpu"] or run["hardware"]["cpu"]
+    axes.set_title(f"{device}, {run['dtype']}, torch {run['versions']['torch']}")
+    axes.legend(fontsize=8)
+    axes.grid(axis="x", alpha=0.3)
+    path = results.with_suffix(".png")
+    figure.savefig(path, dpi=120)
     return path
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import tempfile
 from datetime import datetime, timezone
@@ -14,7 +15,7 @@ import psutil
 import torch
 
 import fastunet
-from fastunet import extension
+from fastunet import doctor, extension
 
 ROOT = Path(__file__).parents[1]
 RESULTS, IMAGES = ROOT / "benchmarks" / "results", ROOT / "docs" / "images"
@@ -44,22 +45,28 @@ def versions() -> dict[str, Any]:
         "cpu_kernels": build or why,
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": doctor.version("triton"),
         "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
         "system": platform.platform(),
     }
 
 
 def git_state() -> dict[str, Any]:
-    """commit, and whether files other than results differ from it; None outside a repository."""
+    """commit, and whether files other than results differ from it; None outside a repository,
+    where COMMIT in the environment can name it."""
 
     def git(*args: str) -> str | None:
+        if shutil.which("git") is None:
+            return None
         run = subprocess.run(["git", "-C", ROOT, *args], capture_output=True, text=True)
         return run.stdout.strip() if run.returncode == 0 else None
 
     generated = [f":!{path.relative_to(ROOT)}" for path in (RESULTS, IMAGES)]
     changed = git("status", "--porcelain", "--", ".", *generated)
     dirty = None if changed is None else bool(changed)
-    return {"commit": git("rev-parse", "--verify", "HEAD"), "dirty": dirty}
+    commit = git("rev-parse", "--verify", "HEAD") or os.environ.get("COMMIT")
+    return {"commit": commit, "dirty": dirty}
 
 
 def context(device: str) -> dict[str, Any]:

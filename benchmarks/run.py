@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from . import results
 from .cases import matching
-from .contest import EAGER, Case, GateError, Setting, gate, memory
+from .contest import COMPILED, EAGER, FASTUNET, Case, GateError, Setting, gate, memory, traffic
 from .timing import COVERAGE, interleave, summary
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -31,6 +31,7 @@ def measure(case: Case, setting: Setting, rounds: int, min_time: float) -> dict[
         "name": case.name,
         "phase": case.phase,
         "flops": counter.get_total_flops(),
+        "bytes": traffic(contenders[EAGER[0]]),
         "contenders": {
             name: {**measured[name], **bytes_of[name], "error": errors[name]} for name in contenders
         },
@@ -109,7 +110,8 @@ def main(
         torch.set_num_threads(threads)
     torch.backends.cudnn.benchmark = True
     dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
-    setting = Setting(device, DTYPES[dtype], compile)
+    names = (*EAGER, *([COMPILED] if compile else []), FASTUNET)
+    setting = Setting(device, DTYPES[dtype], names)
     about = results.context(device)
     measured, wrong = [], 0
     for case in tqdm(cases, unit="case", disable=None):

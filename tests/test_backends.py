@@ -109,7 +109,7 @@ def test_unknown_name():
 )
 def test_explicit_choice_raises_with_the_reason(name, x, why):
     with pytest.raises(RuntimeError, match=rf"backend '{name}' cannot serve this: .*{why}"):
-        backends.select(name, x)
+        backends.select(name, "head", x)
     if x.device.type == "cpu":
         with fastunet.backend(name), pytest.raises(RuntimeError, match=why):
             materialize(Activation.of(x).pool())
@@ -132,7 +132,7 @@ def test_environment():
     assert python(code, FASTUNET_BACKEND="reference").stdout.strip() == "reference"
     result = python(code, FASTUNET_BACKEND="fast")
     assert result.returncode != 0
-    assert "FASTUNET_BACKEND must be one of auto, cpu, reference, got 'fast'" in result.stderr
+    assert "FASTUNET_BACKEND must be one of auto, cpu, triton, reference, got 'fast'" in result.stderr
 
 
 @needs_kernels

@@ -3,8 +3,17 @@
 from . import reference
 from .activation import Activation
 from .backends import backend
+from .capture import capture
 from .unet import FastUNet
 from .weights import load_weights
 
 __version__ = "0.1.0"
-__all__ = ["Activation", "FastUNet", "backend", "load_weights", "reference"]
+__all__ = ["Activation", "FastUNet", "backend", "capture", "load_weights", "reference", "tune"]
+
+
+def __getattr__(name: str):
+    if name == "tune":  # it takes Triton with it
+        from .triton.tuning import tune
+
+        return tune
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,7 +1,7 @@
 """Which backend serves an operator: an explicit choice, or the fastest one that can.
 
-A backend is a module of plain functions (``reference``, ``cpu``), one per operator and one per
-operator's backward, and a predicate ``why_not(tensor)``.
+A backend is a module of plain functions (``reference``, ``cpu``, ``triton``), one per operator and
+one per operator's backward, and a predicate ``why_not(tensor)``.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from types import ModuleType
 from torch import Tensor
 
 # In the order of preference.
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("cpu", "triton", "reference")
 AUTO = "auto"
 
 
@@ -38,7 +38,8 @@ def backend(name: str):
     An explicit choice never falls back: where the backend cannot serve, it raises with the reason.
 
     Args:
-        name: ``reference`` (plain PyTorch, any device), ``cpu`` (compiled C++) or ``auto``.
+        name: ``reference`` (plain PyTorch, any device), ``cpu`` (compiled C++), ``triton`` (GPUs)
+            or ``auto``.
     """
     global _requested
     previous = _requested
@@ -54,7 +55,16 @@ def module(name: str) -> ModuleType:
     return importlib.import_module(f"fastunet.{name}")
 
 
-def select(name: str, x: Tensor) -> ModuleType:
+def why_not(name: str, operator: str, x: Tensor) -> str:
+    """Why a backend is not chosen automatically for an operator on ``x``; empty where it can be."""
+    candidate = module(name)
+    why = candidate.why_not(x)
+    if not why and hasattr(candidate, "distrusted"):
+        why = candidate.distrusted(operator, x)
+    return why
+
+
+def select(name: str, operator: str, x: Tensor) -> ModuleType:
     """The backend for an operator on ``x``.
 
     Raises:
@@ -65,4 +75,4 @@ def select(name: str, x: Tensor) -> ModuleType:
         if why := chosen.why_not(x):
             raise RuntimeError(f"backend {name!r} cannot serve this: {why}")
         return chosen
-    return next(m for m in map(module, BACKENDS) if not m.why_not(x))
+    return module(next(b for b in BACKENDS if not why_not(b, operator, x)))

@@ -1,10 +1,10 @@
 """conv_norm_act and conv_transpose, put together from a backend's kernels.
 
 ``kernels`` is a backend module: ``resample``, ``resample_bwd``, ``normalization``,
-``normalization_bwd``; and where ``convolves`` says so, convolutions of its own, which read the
-sources as they are: ``conv_norm_act``, ``conv_transpose`` and their backwards. Elsewhere PyTorch's
-convolution reads a temporary map, made again in backward. Nothing but the convolutions' outputs is
-ever saved.
+``normalization_bwd``; and where ``convolves(kind, sources, weight)`` says so, convolutions of its
+own, which read the sources as they are: ``conv_norm_act``, ``conv_transpose`` and their backwards.
+Elsewhere PyTorch's convolution reads a temporary map, made again in backward. Nothing but the
+convolutions' outputs is ever saved.
 """
 
 from collections.abc import Sequence
@@ -51,18 +51,44 @@ def conv_norm_act(
     norm: Norm,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y, center, scale, shift, var."""
-    if kernels.convolves(sources[0].y):
+    if kernels.convolves("conv_norm_act", sources, weight):
         return kernels.conv_norm_act(sources, weight, bias, norm)
     y = aten_convolution.convolution(kernels, sources, weight)
-    vectors = accumulate_dtype(y.dtype)
-    bias, gamma, beta = (as_dtype(t, vectors) for t in (bias, norm.gamma, norm.beta))
     if norm.kind in ("batch", "group"):
         groups = norm.groups if norm.kind == "group" else 0
+        vectors = accumulate_dtype(y.dtype)
+        bias, gamma, beta = (as_dtype(t, vectors) for t in (bias, norm.gamma, norm.beta))
         return y, *kernels.normalization(y, bias, gamma, beta, groups, norm.eps)
+    return y, *fixed_vectors(norm, bias, y)
+
+
+def conv_norm_act_folded(
+    kernels: ModuleType,
+    sources: Sequence[Activation],
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: Norm,
+    slope: float,
+) -> Tensor:
+    """The output with its normalisation, none or frozen, and activation done."""
+    if kernels.convolves("conv_norm_act", sources, weight):
+        return kernels.conv_norm_act_folded(sources, weight, bias, norm, slope)
+    y = aten_convolution.convolution(kernels, sources, weight)
+    center, scale, shift, _ = fixed_vectors(norm, bias, y)
+    output = Activation.of(y)._replace(center=center, scale=scale, shift=shift, slope=slope)
+    return kernels.resample(output)
+
+
+def fixed_vectors(
+    norm: Norm, bias: Tensor | None, y: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """center, scale, shift, var where the norm has no statistics: none or frozen."""
+    vectors = accumulate_dtype(y.dtype)
+    bias, gamma, beta = (as_dtype(t, vectors) for t in (bias, norm.gamma, norm.beta))
     center = torch.zeros((1, y.size(1)), dtype=vectors, device=y.device)
     if norm.kind == "none":
         shift = center.clone() if bias is None else bias.reshape(1, -1).clone()
-        return y, center, torch.ones_like(center), shift, torch.ones_like(center)
+        return center, torch.ones_like(center), shift, torch.ones_like(center)
     assert norm.running_mean is not None
     assert norm.running_var is not None
     center += norm.running_mean
@@ -73,7 +99,7 @@ def conv_norm_act(
     if gamma is not None:
         scale *= gamma
     shift = torch.zeros_like(center) if beta is None else beta.reshape(1, -1).clone()
-    return y, center, scale, shift, var
+    return center, scale, shift, var
 
 
 def conv_norm_act_bwd(
@@ -97,7 +123,7 @@ def conv_norm_act_bwd(
     vectors = center.dtype
     grads = SourceGrads(grads.dy, as_dtype(grads.dscale, vectors), as_dtype(grads.dshift, vectors))
     dbias = dbias_of(norm, bias, grads, y, center, scale, var)
-    if kernels.convolves(sources[0].y):
+    if kernels.convolves("conv_norm_act_bwd", sources, weight):
         dweight, dgamma, dbeta, of_sources = kernels.conv_norm_act_bwd(
             grads, sources, needs, weight, norm, y, center, scale, var
         )
@@ -170,7 +196,7 @@ def conv_transpose(
     kernels: ModuleType, source: Activation, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
     """The 2x2 stride 2 transposed convolution of a source, channels_last."""
-    if kernels.convolves(source.y):
+    if kernels.convolves("conv_transpose", [source], weight):
         return kernels.conv_transpose(source, weight, bias)
     return aten_convolution.transposed(kernels, source, weight, bias)
 
@@ -179,7 +205,7 @@ def conv_transpose_bwd(
     kernels: ModuleType, dy: Tensor, source: Activation, needs: Sequence[bool], weight: Tensor
 ) -> tuple[Tensor | None, Tensor, SourceGrads]:
     """dweight, dbias and the source's gradients; needs: weight, source."""
-    if kernels.convolves(source.y):
+    if kernels.convolves("conv_transpose_bwd", [source], weight):
         dweight, dbias, grads = kernels.conv_transpose_bwd(dy, source, needs, weight)
         return like_parameter(dweight, weight), dbias, SourceGrads(*grads)
     dx, dweight, dbias = aten_convolution.transposed_bwd(kernels, dy, source, needs, weight)

@@ -8,6 +8,8 @@ import torch
 
 from . import backends, extension
 
+OPERATORS = ("conv_norm_act", "conv_transpose", "resample", "head")
+
 
 def report() -> dict[str, Any]:
     """Versions, devices, and per device and dtype the backend that serves each operator."""
@@ -26,20 +28,30 @@ def report() -> dict[str, Any]:
         "gpus": gpus,
         "compiled_kernels": build,
         "why_not_compiled": why_not_compiled,
-        "operators": [serving(d, t) for d in devices for t in (torch.float32, torch.bfloat16)],
+        "operators": [
+            serving(device, dtype, operator)
+            for device in devices
+            for dtype in (torch.float32, torch.bfloat16)
+            for operator in OPERATORS
+        ],
     }
 
 
-def serving(device: str, dtype: torch.dtype) -> dict[str, Any]:
-    """The backend that `auto` takes for conv_norm_act, conv_transpose, resample and head."""
+def serving(device: str, dtype: torch.dtype, operator: str) -> dict[str, Any]:
+    """The backend that `auto` takes for an operator, and why not those before it."""
     x = torch.empty(1, 1, 1, 1, device=device, dtype=dtype)
-    others = {name: backends.module(name).why_not(x) for name in backends.BACKENDS}
-    served_by = next(name for name, why in others.items() if not why)
+    why_not = {}
+    for name in backends.BACKENDS:
+        why = backends.why_not(name, operator, x)
+        if not why:
+            break
+        why_not[name] = why
     return {
         "device": device,
         "dtype": str(dtype).removeprefix("torch."),
-        "backend": served_by,
-        "why_not": {name: why for name, why in others.items() if why},
+        "operator": operator,
+        "backend": name,
+        "why_not": why_not,
     }
 
 
@@ -59,9 +71,9 @@ def render(found: dict[str, Any]) -> str:
         f"CPU {found['machine']} {found['cpu_capability']}, {found['threads']} threads",
         f"GPU {', '.join(found['gpus']) or 'none'}",
         f"compiled kernels: {found['compiled_kernels'] or found['why_not_compiled']}",
-        "operators (conv_norm_act, conv_transpose, resample, head):",
+        "operators:",
     ]
     for row in found["operators"]:
-        lines.append(f"  {row['device']} {row['dtype']}: {row['backend']}")
+        lines.append(f"  {row['device']} {row['dtype']} {row['operator']}: {row['backend']}")
         lines += [f"    not {name}: {why}" for name, why in row["why_not"].items()]
     return "\n".join(lines)

@@ -22,7 +22,7 @@ def evaluate(function, tensors, cotangent=None):
     leaves = {k: t.detach().requires_grad_(not k.startswith(CONSTANTS)) for k, t in tensors.items()}
     out = function(**leaves)
     if cotangent is None:
-        grad = random(*out.shape, seed=99).mul_(64).round_().div_(64).clamp_(-2, 2).to(out.dtype)
+        grad = random(*out.shape, seed=99).mul_(64).round_().div_(64).clamp_(-2, 2).to(out)
     else:
         grad = cotangent(out)
     inputs = {k: t for k, t in leaves.items() if t.requires_grad}
@@ -160,6 +160,11 @@ def check_registration(name, case):
     """What PyTorch demands of an operator, and its fake's promises about the outputs."""
     for operator, args in record(name, case):
         torch.library.opcheck(operator, args)
+    check_fakes(name, case)
+
+
+def check_fakes(name, case):
+    for operator, args in record(name, case):
         with torch.no_grad(), FakeTensorMode() as mode:
             fakes = operator(*tree_map_only(torch.Tensor, mode.from_tensor, args))
         with torch.no_grad():

@@ -73,6 +73,18 @@ def implementation(request, monkeypatch):
         yield name
 
 
+@pytest.fixture(params=["on load", "materialised"])
+def way(request):
+    """How the Triton kernels get at what is pending; never by PyTorch's convolution."""
+    from fastunet.triton import selection
+
+    cudnn = torch.backends.cudnn.conv
+    before, cudnn.fp32_precision = cudnn.fp32_precision, "ieee"
+    with fastunet.backend("triton"), selection.forced(request.param):
+        yield request.param
+    cudnn.fp32_precision = before
+
+
 @pytest.fixture
 def poisoned(monkeypatch):
     """torch.empty gives NaN (and integers their maximum) while this is entered."""

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from fastunet.activation import Activation
 from fastunet.extension import kernels
-
-from .resample import channel_adjacent, empty_map, empty_vectors
+from fastunet.maps import channel_adjacent, empty_map, empty_vectors
 
 if TYPE_CHECKING:
     from fastunet.composed import Norm, SourceGrads
@@ -17,14 +16,14 @@ if TYPE_CHECKING:
 NO_SOURCE = (None, None, None, None, 1.0, 0)
 
 
-def convolves(x: Tensor) -> bool:
-    """Whether the kernels serve maps like ``x``.
+def convolves(kind: str, sources: Sequence[Activation], weight: Tensor) -> bool:
+    """Whether the kernels convolve here, or leave that to PyTorch.
 
     They compute in fp32 by Winograd's algorithm, whose error is two to five times that of summing
     directly. For fp64, and where a user asks for ``ieee`` precision
     (``torch.backends.mkldnn.conv.fp32_precision``), PyTorch's convolution does the work.
     """
-    if x.dtype == torch.float64:
+    if sources[0].y.dtype == torch.float64:
         return False
     return torch.backends.mkldnn.conv.fp32_precision != "ieee"  # type: ignore[attr-defined]
 

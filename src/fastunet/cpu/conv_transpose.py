@@ -7,9 +7,9 @@ from torch import Tensor
 
 from fastunet.activation import Activation
 from fastunet.extension import kernels
+from fastunet.maps import channel_adjacent, empty_map
 
 from .conv_norm_act import empty_grads, flat
-from .resample import channel_adjacent, empty_map
 
 
 def conv_transpose(source: Activation, weight: Tensor, bias: Tensor | None) -> Tensor:

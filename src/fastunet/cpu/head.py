@@ -5,8 +5,9 @@ from torch import Tensor
 
 from fastunet.activation import Activation
 from fastunet.extension import kernels
+from fastunet.maps import as_rows, empty_map, empty_vectors
 
-from .resample import as_rows, empty_map, empty_vectors, kernel_arguments, resample, resample_bwd
+from .resample import kernel_arguments, resample, resample_bwd
 
 MAX_CLASSES = 8  # kMaxClasses of csrc/head
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from fastunet.activation import Activation
 from fastunet.extension import kernels
+from fastunet.maps import channel_adjacent, empty_map, empty_vectors
 from fastunet.reference.resample import accumulate_dtype
 
 
@@ -19,32 +20,6 @@ def kernel_arguments(source: Activation) -> tuple[Tensor, Tensor, Tensor, Tensor
         return y, center, scale, shift, source.slope
     zero = y.new_zeros((1, y.size(1)), dtype=accumulate_dtype(y.dtype))
     return y, zero, torch.ones_like(zero), zero, 1.0
-
-
-def channel_adjacent(x: Tensor) -> Tensor:
-    """x itself where its channel stride is 1 (a channel slice of a channels_last map has that)."""
-    if x.stride(1) == 1 or x.size(1) == 1 or x.numel() == 0:
-        return x
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def empty_vectors(scale: Tensor) -> tuple[Tensor, Tensor]:
-    """dscale and dshift, dense; storages of their own, as operators' outputs may not alias."""
-    return scale.new_empty(scale.shape), scale.new_empty(scale.shape)
-
-
-def empty_map(like: Tensor, channels: int, size: tuple[int, int]) -> Tensor:
-    return torch.empty(
-        (like.size(0), channels, *size),
-        dtype=like.dtype,
-        device=like.device,
-        memory_format=torch.channels_last,
-    )
-
-
-def as_rows(x: Tensor) -> Tensor:
-    """[N, C, H, W] -> [N * H * W, C], a view where channels are adjacent"""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.size(1))
 
 
 def resample(source: Activation, out: Tensor | None = None) -> Tensor:

@@ -61,27 +61,26 @@ def conv_norm_act(
     check_norm(weight.size(0), norm, groups, {**vectors, "running_var": running_var})
     first, second = cast(first, dtype), second and cast(second, dtype)
     refuse_transforms(*first[:4], *(second or ())[:4], weight, bias, gamma, beta)
-    y, center, scale, shift, var = torch.ops.fastunet.conv_norm_act(
-        *flatten(first),
-        *flatten(second),
-        first.size,
-        weight,
-        bias,
-        norm,
-        gamma,
-        beta,
-        running_mean,
-        running_var,
-        groups,
-        eps,
-        backends.requested(),
-    )
+    arguments = (*flatten(first), *flatten(second), first.size, weight, bias, norm, gamma, beta)
+    arguments += (running_mean, running_var, groups, eps)
+    backend = backends.requested()
+    if norm in ("none", "frozen") and folds(backend, first.y):
+        z = torch.ops.fastunet.conv_norm_act_folded(*arguments, slope, backend)
+        return ConvNorm(Activation.of(z, first.memory_format), None, None)
+    y, center, scale, shift, var = torch.ops.fastunet.conv_norm_act(*arguments, backend)
     size = (y.size(2), y.size(3))
     output = Activation(y, center, scale, shift, slope, 0, size, first.memory_format)
     if norm != "batch":
         return ConvNorm(output, None, None)
     mean = center[0] if bias is None else center[0] + bias.detach()
     return ConvNorm(output, mean, var[0])
+
+
+def folds(backend: str, x: Tensor) -> bool:
+    """Whether to do, in inference, the normalisation and the activation as y is written."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return hasattr(backends.select(backend, "conv_norm_act", x), "conv_norm_act_folded")
 
 
 def check_shapes(first: Activation, second: Activation | None, weight: Tensor) -> None:
@@ -128,6 +127,9 @@ SCHEMA = (
     f"({FIRST}, {SECOND}, {SIZES}, {PARAMETERS}, {NORM}, str backend)"
     " -> (Tensor y, Tensor center, Tensor scale, Tensor shift, Tensor var)"
 )
+FOLDED_SCHEMA = (
+    f"({FIRST}, {SECOND}, {SIZES}, {PARAMETERS}, {NORM}, float slope, str backend) -> Tensor z"
+)
 BWD_SCHEMA = (
     f"(Tensor? dy, Tensor? dscale, Tensor? dshift, {FIRST}, {SECOND}, {SIZES}, {PARAMETERS}, "
     "str norm, int groups, float eps, Tensor? y, Tensor center, Tensor scale, Tensor var, "
@@ -146,7 +148,7 @@ def sources_of(args: tuple) -> list[Activation]:
 
 def implementation(*args: Any) -> tuple[Tensor, ...]:
     weight, bias, *norm, backend = args[REST:]
-    kernels = backends.select(backend, args[0])
+    kernels = backends.select(backend, "conv_norm_act", args[0])
     return composed.conv_norm_act(kernels, sources_of(args), weight, bias, Norm(*norm))
 
 
@@ -162,12 +164,24 @@ def fake(*args: Any) -> tuple[Tensor, ...]:
     return y, *vectors
 
 
+def implementation_folded(*args: Any) -> Tensor:
+    weight, bias, *norm, slope, backend = args[REST:]
+    kernels = backends.select(backend, "conv_norm_act", args[0])
+    return composed.conv_norm_act_folded(
+        kernels, sources_of(args), weight, bias, Norm(*norm), slope
+    )
+
+
+def fake_folded(*args: Any) -> Tensor:
+    return fake(*args)[0]
+
+
 def implementation_bwd(*args: Any) -> tuple[Tensor, ...]:
     grads, args = SourceGrads(*args[:3]), args[3:]
     weight, bias, kind, groups, eps, y, center, scale, var, needs, backend = args[REST:]
     sources = sources_of(args)
     dweight, dbias, dgamma, dbeta, of_sources = composed.conv_norm_act_bwd(
-        backends.select(backend, args[0]),
+        backends.select(backend, "conv_norm_act", args[0]),
         grads,
         sources,
         needs[: 1 + len(sources)],
@@ -272,6 +286,8 @@ def backward(ctx: Any, *grads: Tensor | None) -> tuple:
 
 
 define("conv_norm_act", SCHEMA, implementation, fake)
+# Inference only: it has no derivative.
+define("conv_norm_act_folded", FOLDED_SCHEMA, implementation_folded, fake_folded)
 define("conv_norm_act_bwd", BWD_SCHEMA, implementation_bwd, fake_bwd)
 differentiable("conv_norm_act", save, backward)
 
@@ -279,6 +295,11 @@ differentiable("conv_norm_act", save, backward)
 @register_flop_formula(torch.ops.fastunet.conv_norm_act)
 def flops(*args: Any, out_shape: Any = None, **_: Any) -> int:
     return conv_flop_count(input_shape(args), args[REST], out_shape[0])
+
+
+@register_flop_formula(torch.ops.fastunet.conv_norm_act_folded)
+def flops_folded(*args: Any, out_shape: Any = None, **_: Any) -> int:
+    return conv_flop_count(input_shape(args), args[REST], out_shape)
 
 
 @register_flop_formula(torch.ops.fastunet.conv_norm_act_bwd)

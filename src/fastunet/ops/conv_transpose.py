@@ -46,7 +46,8 @@ REST = COUNT + 1
 def implementation(*args: Any) -> Tensor:
     source = unflatten(args[:COUNT], args[COUNT])
     weight, bias, backend = args[REST:]
-    return composed.conv_transpose(backends.select(backend, args[0]), source, weight, bias)
+    kernels = backends.select(backend, "conv_transpose", args[0])
+    return composed.conv_transpose(kernels, source, weight, bias)
 
 
 def output_shape(args: Any) -> tuple[int, ...]:
@@ -66,7 +67,7 @@ def fake(*args: Any) -> Tensor:
 def implementation_bwd(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
     source = unflatten(args[:COUNT], args[COUNT])
     weight, needs, backend = args[REST:]
-    kernels = backends.select(backend, args[0])
+    kernels = backends.select(backend, "conv_transpose", args[0])
     dweight, dbias, of_source = composed.conv_transpose_bwd(kernels, dy, source, needs, weight)
     return tuple(placeholder_for(t, args[0]) for t in (dweight, dbias, *of_source))
 

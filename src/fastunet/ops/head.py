@@ -64,7 +64,7 @@ def implementation(*args: Any) -> Tensor:
     weight, bias, *_, backend = args[REST:]
     logits = fake(*args)
     w = matrix(weight, source.y.dtype)
-    backends.select(backend, args[0]).head(source, w, as_dtype(bias, w.dtype), logits)
+    backends.select(backend, "head", args[0]).head(source, w, as_dtype(bias, w.dtype), logits)
     return logits
 
 
@@ -79,7 +79,7 @@ def fake(*args: Any) -> Tensor:
 def implementation_bwd(dlogits: Tensor, *args: Any) -> tuple[Tensor, ...]:
     source = unflatten(args[:COUNT], args[COUNT])
     weight, need_source, backend = args[REST:]
-    kernels = backends.select(backend, args[0])
+    kernels = backends.select(backend, "head", args[0])
     *of_source, dweight, dbias = kernels.head_bwd(
         source, matrix(weight, source.y.dtype), dlogits, need_source
     )

@@ -34,7 +34,7 @@ BWD_SCHEMA = (
 
 def implementation(*args: Any) -> Tensor:
     *_, size, backend = args
-    return backends.select(backend, args[0]).resample(unflatten(args[:COUNT], size))
+    return backends.select(backend, "resample", args[0]).resample(unflatten(args[:COUNT], size))
 
 
 def fake(*args: Any) -> Tensor:
@@ -49,7 +49,7 @@ def fake(*args: Any) -> Tensor:
 
 def implementation_bwd(dz: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *_, size, backend = args
-    kernels = backends.select(backend, args[0])
+    kernels = backends.select(backend, "resample", args[0])
     grads = kernels.resample_bwd(unflatten(args[:COUNT], size), dz)
     return tuple(placeholder_for(t, args[0]) for t in grads)
 

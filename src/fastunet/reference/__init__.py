@@ -4,7 +4,11 @@ Also the backend ``reference``: every operator on any device, with the memory of
 operators (backward is autograd through the definition) and the speed of plain PyTorch.
 """
 
+from collections.abc import Sequence
+
 from torch import Tensor
+
+from fastunet.activation import Activation
 
 from .head import head, head_bwd
 from .normalization import normalization, normalization_bwd
@@ -33,6 +37,6 @@ def why_not(x: Tensor) -> str:
     return "" if x.dtype.is_floating_point else f"the dtype must be floating point, got {x.dtype}"
 
 
-def convolves(x: Tensor) -> bool:
-    """Whether this backend has convolutions of its own for such maps: no, PyTorch's are used."""
+def convolves(kind: str, sources: Sequence[Activation], weight: Tensor) -> bool:
+    """Whether this backend has convolutions of its own: no, PyTorch's are used."""
     return False

@@ -1,0 +1,59 @@
+"""The backend ``triton``: Triton kernels for NVIDIA GPUs from compute capability 8.0 up.
+
+Under ``TRITON_INTERPRET=1`` it serves CPU tensors, slowly: so the kernels can be checked anywhere.
+"""
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+except ImportError as error:
+    MISSING = f"Triton cannot be imported ({error})"
+else:
+    MISSING = ""
+    from .conv_norm_act import conv_norm_act, conv_norm_act_bwd, conv_norm_act_folded
+    from .conv_transpose import conv_transpose, conv_transpose_bwd
+    from .head import head, head_bwd
+    from .normalization import normalization, normalization_bwd
+    from .resample import resample, resample_bwd
+    from .selection import convolves
+    from .self_check import distrusted
+
+__all__ = [
+    "conv_norm_act",
+    "conv_norm_act_bwd",
+    "conv_norm_act_folded",
+    "conv_transpose",
+    "conv_transpose_bwd",
+    "convolves",
+    "distrusted",
+    "head",
+    "head_bwd",
+    "normalization",
+    "normalization_bwd",
+    "resample",
+    "resample_bwd",
+    "why_not",
+]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LEAST_CAPABILITY = (8, 0)
+
+
+def why_not(x: Tensor) -> str:
+    """Why this backend cannot serve operators on ``x``; empty where it can."""
+    if MISSING:
+        return MISSING
+    if x.dtype not in DTYPES:
+        return f"the dtype must be float32, bfloat16 or float16, got {x.dtype}"
+    if x.device.type == "cuda":
+        capability = torch.cuda.get_device_capability(x.device)
+        if capability >= LEAST_CAPABILITY:
+            return ""
+        return f"the GPU must have compute capability 8.0 or more, got {capability}"
+    if x.device.type != "cpu" or not triton.knobs.runtime.interpret:
+        return f"the tensors must be on a CUDA GPU, got {x.device}"
+    if x.dtype == torch.bfloat16:
+        return "Triton's interpreter takes float32 and float16, got torch.bfloat16"
+    return ""

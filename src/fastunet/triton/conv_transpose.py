@@ -1,0 +1,53 @@
+"""Transposed convolution by the Triton kernels."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastunet.activation import Activation
+from fastunet.maps import empty_map
+
+from . import convolution, selection
+from .conv_norm_act import readable, source_grad, sum_weight_grad
+from .convolution import TRANSPOSED, TRANSPOSED_GRAD, Place, can_be_described, convolve
+from .resample import as_source, resample
+from .selection import ON_LOAD
+from .weight import pack
+
+
+def conv_transpose(source: Activation, weight: Tensor, bias: Tensor | None) -> Tensor:
+    height, width = source.size
+    y = empty_map(source.y, weight.size(1), (2 * height, 2 * width))
+    on_load = selection.choice("conv_transpose", [source], weight.size(1)) == ON_LOAD
+    read = readable(source, on_load)
+    config = convolution.configuration(
+        *(TRANSPOSED, y.dtype, source.size, y.size(1)),
+        device=source.y.device,
+        described=can_be_described(*read, source.size),
+    )
+    packed, second = pack(weight, 1, [source.y.size(1)], y.dtype, config)
+    convolve(TRANSPOSED, config, [read], packed, second, source.size, y, bias=bias)
+    return y
+
+
+def conv_transpose_bwd(
+    dy: Tensor, source: Activation, needs: Sequence[bool], weight: Tensor
+) -> tuple[Tensor | None, Tensor, tuple[Tensor | None, ...]]:
+    """dweight, dbias and the source's dy, dscale, dshift; needs: weight, source."""
+    need_weight, need_source = needs
+    dweight = None
+    if need_weight:
+        dweight = weight.new_empty(weight.shape, dtype=torch.float32)
+        # The kernel reads this operand at its own pixels: nothing may be placed elsewhere.
+        on_load = selection.choice("conv_transpose_bwd", [source], weight.size(1)) == ON_LOAD
+        centre, _ = readable(source, on_load)
+        if source.resampling_pending:
+            centre = as_source(resample(source))
+        grid = dy[:, :, ::2, ::2]
+        tapped = as_source(dy), Place(*dy.shape[2:])
+        sum_weight_grad(TRANSPOSED_GRAD, tapped, centre, grid, dweight)
+    of_source: tuple[Tensor | None, ...] = (None, None, None)
+    if need_source:
+        of_source = source_grad(TRANSPOSED_GRAD, dy, source, weight, 0)
+    return dweight, dy.sum((0, 2, 3), dtype=torch.float32), of_source

@@ -1,0 +1,421 @@
+"""The convolution as an implicit matrix product: pixels x (taps and input channels) x outputs.
+
+One kernel does the 3x3 convolution and its input gradient, the transposed convolution (a tap per
+output phase) and its input gradient (four taps at stride 2), and the head (one tap). It reads one
+or two sources with their affine and activation pending; see the epilogues below for what it makes
+of its sums.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .language import (
+    Source,
+    activate,
+    activate_bwd,
+    aligned,
+    pixel_of,
+    read,
+    read_raw,
+    row_of,
+    tile_of,
+    write,
+)
+from .statistics import Parts, tile_statistics
+
+NO_SOURCE, NO_PARTS = Source(None), Parts()
+
+
+class Kernel(NamedTuple):
+    """Taps: size x size of them, padded before; input pixels per output pixel; output phases."""
+
+    size: int
+    padding: int = 0
+    stride: int = 1
+    up: int = 1
+
+    @property
+    def taps(self) -> int:
+        return self.size * self.size
+
+
+CONV3X3 = Kernel(3, padding=1)
+POINTWISE = Kernel(1)
+TRANSPOSED = Kernel(1, up=2)
+TRANSPOSED_GRAD = Kernel(2, stride=2)
+
+
+class Place(NamedTuple):
+    """Height and width of a source, and where it lies in the convolution's input."""
+
+    height: int
+    width: int
+    top: int = 0
+    left: int = 0
+
+
+class Sums(NamedTuple):
+    """Per tile of pixels: sums of g * (y - center) and of g, [tiles, O] fp32."""
+
+    dscale: Tensor | None = None
+    dshift: Tensor | None = None
+
+
+NO_SUMS = Sums()
+
+
+class Config(NamedTuple):
+    """Pixels of a tile, output channels and input channels at a time, warps, pipeline stages.
+
+    described: sources are read through tensor descriptors (TMA), a row of pixels at a time.
+    """
+
+    TH: int
+    TW: int
+    BN: int
+    BK: int
+    num_warps: int = 4
+    num_stages: int = 3
+    described: bool = False
+
+
+@triton.jit
+def accumulate(
+    acc,
+    source,
+    height,
+    width,
+    top,
+    left,
+    weight,  # of this source, [taps, outputs, K]
+    K,
+    n,
+    h,
+    w,
+    dh,
+    dw,
+    o,
+    outputs,
+    H,  # of the convolution's input
+    W,
+    first_tap,
+    SIZE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """acc += the products with one source, for output pixels (dh, dw) of a tile whose first tap
+    reads (h, w)."""
+    # What of the source lies within the convolution's input.
+    first_h, last_h = tl.maximum(0, -top), tl.minimum(height, H - top)
+    first_w, last_w = tl.maximum(0, -left), tl.minimum(width, W - left)
+    h, w = h - top, w - left
+    dh, dw = dh * STRIDE, dw * STRIDE
+    offset = dh * width + dw
+    k = tl.arange(0, BK)
+    TAPS: tl.constexpr = SIZE * SIZE
+    # One loop, so that loads run ahead through all of it.
+    for step in range(TAPS * tl.cdiv(source.channels, BK)):
+        tap = step % TAPS
+        c = step // TAPS * BK + k
+        hs, ws = h + tap // SIZE, w + tap % SIZE
+        inside = (hs + dh >= first_h) & (hs + dh < last_h)
+        inside &= (ws + dw >= first_w) & (ws + dw < last_w)
+        x = read(source, n, pixel_of(n, hs, ws, height, width), offset, inside, c)
+        at = ((first_tap + tap) * outputs + o[None, :]) * K + c[:, None]
+        factors = tl.load(weight + at, mask=(o < outputs)[None, :], other=0.0)
+        acc = tl.dot(x, factors, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def accumulate_described(
+    acc,
+    source,  # descriptor of [N, height, width, channels]
+    channels,
+    weight,  # descriptor of [taps, outputs, K]
+    second,
+    n,
+    h,
+    w,
+    o,
+    first_tap,
+    SIZE: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The same for a plain source, of a row of BM pixels from (h, w) on, by the TMA unit: it fills
+    in zeros around the map."""
+    TAPS: tl.constexpr = SIZE * SIZE
+    for step in range(TAPS * tl.cdiv(channels, BK)):
+        tap, c = step % TAPS, step // TAPS * BK
+        x = source.load([n, h + tap // SIZE, w + tap % SIZE, c]).reshape(BM, BK)
+        factors = weight.load([first_tap + tap, o, second + c]).reshape(BN, BK)
+        acc = tl.dot(x, factors.T, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def source_grad(dz, target, n, base, offset, inside, tile, o, sums):
+    """dy of the source that dz is the gradient of, and this tile's part of dscale and dshift."""
+    center, scale, shift = row_of(target, n, o)
+    deviation = read_raw(target, base, offset, inside, o).to(tl.float32) - center
+    g = activate_bwd(dz, scale * deviation + shift, target.slope)
+    g = tl.where(inside[:, None], g, 0.0)
+    at = tile * target.channels + o
+    tl.store(sums.dscale + at, tl.sum(g * deviation, 0), mask=o < target.channels)
+    tl.store(sums.dshift + at, tl.sum(g, 0), mask=o < target.channels)
+    return scale * g
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("height0", "width0", "top0", "left0", "height1", "width1", "top1", "left1"),
+        *("H", "W"),
+    ]
+)
+def convolution_kernel(
+    source0,
+    described0,
+    height0,
+    width0,
+    top0,
+    left0,
+    source1,
+    described1,
+    height1,
+    width1,
+    top1,
+    left1,
+    weight,
+    described_weight,
+    K,
+    second,  # where the weights of source1 begin in K
+    bias,
+    folded,
+    target,
+    parts,
+    sums,
+    out,
+    outputs,
+    outputs_aligned,
+    H,  # the grid of pixels; the output is UP times larger
+    W,
+    SIZE: tl.constexpr,
+    PADDING: tl.constexpr,
+    STRIDE: tl.constexpr,
+    UP: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    TH: tl.constexpr,
+    TW: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # Programs that read the same pixels follow each other.
+    blocks = tl.cdiv(outputs, BN)
+    o = tl.program_id(0) % blocks * BN + tl.arange(0, BN)
+    phase = tl.program_id(0) // blocks % (UP * UP)
+    tile = tl.program_id(0) // (blocks * UP * UP)
+    n, h, w, dh, dw, inside = tile_of(tile, H, W, TH, TW)
+    h0, w0 = h * STRIDE - PADDING, w * STRIDE - PADDING
+
+    acc = tl.zeros((TH * TW, BN), tl.float32)
+    if described0 is not None:
+        tl.static_assert(TH == 1 and STRIDE == 1)
+        o0 = tl.program_id(0) % blocks * BN
+        acc = accumulate_described(
+            *(acc, described0, source0.channels, described_weight, 0),
+            *(n, h0 - top0, w0 - left0, o0, phase, SIZE, TW, BN, BK, PRECISION),
+        )
+        if described1 is not None:
+            acc = accumulate_described(
+                *(acc, described1, source1.channels, described_weight, second),
+                *(n, h0 - top1, w0 - left1, o0, phase, SIZE, TW, BN, BK, PRECISION),
+            )
+    else:
+        acc = accumulate(
+            *(acc, source0, height0, width0, top0, left0, weight, K, n, h0, w0, dh, dw, o, outputs),
+            *(H * STRIDE, W * STRIDE, phase, SIZE, STRIDE, BK, PRECISION),
+        )
+        if source1.y is not None:
+            weight += second
+            acc = accumulate(
+                *(
+                    acc,
+                    source1,
+                    height1,
+                    width1,
+                    top1,
+                    left1,
+                    weight,
+                    K,
+                    n,
+                    h0,
+                    w0,
+                    dh,
+                    dw,
+                    o,
+                    outputs,
+                ),
+                *(H * STRIDE, W * STRIDE, phase, SIZE, STRIDE, BK, PRECISION),
+            )
+    base = pixel_of(n, h * UP + phase // UP, w * UP + phase % UP, H * UP, W * UP)
+    offset = dh * (UP * UP * W) + dw * UP
+    if bias is not None:
+        acc += tl.load(bias + o, mask=o < outputs, other=0.0)[None, :]
+    if folded.scale is not None:
+        center, scale, shift = row_of(folded, n, o)
+        acc = activate(scale * (acc - center) + shift, folded.slope)
+    if target.y is not None:
+        acc = source_grad(acc, target, n, base, offset, inside, tile, o, sums)
+    y = acc.to(out.dtype.element_ty)
+    if CHANNELS_LAST:
+        write(out, outputs, outputs_aligned, base, offset, inside, o, y)
+    else:
+        pixels = tl.cast(H, tl.int64) * W * (UP * UP)
+        at = (base + n * (outputs - 1) * pixels + offset)[:, None] + o[None, :] * pixels
+        tl.store(out + at, y, mask=inside[:, None] & (o < outputs)[None, :])
+    if parts.pixels is not None:
+        tile_statistics(acc, inside, tile, o, outputs, parts)
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """How a product of fp32 values is formed: as PyTorch's convolutions are asked to."""
+    if dtype != torch.float32 or torch.backends.cudnn.conv.fp32_precision == "tf32":  # type: ignore[attr-defined]
+        return "tf32"
+    return "ieee"
+
+
+def configuration(
+    kernel: Kernel,
+    dtype: torch.dtype,
+    size: tuple[int, int],
+    outputs: int,
+    *,
+    device: torch.device,
+    described: bool = False,
+    grad: bool = False,
+) -> Config:
+    """Without having measured: tiles of 128 pixels and up to 128 outputs.
+
+    described: every source can be. grad: of a source with an affine, whose epilogue holds more
+    values.
+    """
+    width = size[1]
+    hopper = capability(device) >= (9, 0)
+    described = described and hopper and kernel.stride == 1 and width >= 48 and outputs > 32
+    BK = 64 if dtype != torch.float32 else 32
+    # More outputs, or fewer warps, and the sums would not fit the registers.
+    most = 64 if outputs % 8 or (grad and (not described or dtype == torch.float32)) else 128
+    BN = min(most, max(16, triton.next_power_of_2(outputs)))
+    if described:
+        TW = 128 if width > 64 else 64
+        return Config(1, TW, BN, BK, 8 if grad and BN == 128 else 4, 4, True)
+    num_warps = 4 if BN == 64 or (hopper and BN == 128) else 8
+    TW = 32 if width > 16 else 16
+    return Config(128 // TW, TW, BN, BK, num_warps)
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    if device.type != "cuda":  # interpreted
+        return (9, 0)
+    return torch.cuda.get_device_capability(device)
+
+
+def can_be_described(source: Source, place: Place, size: tuple[int, int]) -> bool:
+    """Whether a descriptor does for it: 16-byte strides and address, and nothing cropped."""
+    assert source.y is not None
+    return (
+        source.scale is None
+        and source.pixel * source.y.element_size() % 16 == 0
+        and source.y.data_ptr() % 16 == 0
+        and min(place.top, place.left) >= 0
+        and place.top + place.height <= size[0]
+        and place.left + place.width <= size[1]
+    )
+
+
+def describe(source: Source, place: Place, config: Config) -> TensorDescriptor:
+    assert source.y is not None
+    n, c = source.y.shape[:2]
+    h, w = place.height, place.width
+    strides = [h * w * source.pixel, w * source.pixel, source.pixel, 1]
+    return TensorDescriptor(source.y, [n, h, w, c], strides, [1, 1, config.TW, config.BK])
+
+
+def tiles(config: Config, size: tuple[int, int]) -> int:
+    """Of one sample."""
+    return triton.cdiv(size[0], config.TH) * triton.cdiv(size[1], config.TW)
+
+
+def convolve(
+    kernel: Kernel,
+    config: Config,
+    sources: Sequence[tuple[Source, Place]],
+    weight: Tensor,
+    second: int,
+    size: tuple[int, int],
+    out: Tensor,
+    *,
+    bias: Tensor | None = None,
+    folded: Source = NO_SOURCE,
+    target: Source = NO_SOURCE,
+    parts: Parts = NO_PARTS,
+    sums: Sums = NO_SUMS,
+) -> None:
+    """Writes out, [N, outputs, H * up, W * up], over a grid of H x W pixels.
+
+    weight: [taps, outputs, K] from ``pack``, the second source's channels from ``second`` on.
+    folded: what is done to the sums. target: the source whose gradient this is, written to out.
+    """
+    n, outputs = out.size(0), weight.size(1)
+    if out.numel() == 0:
+        return
+    (source0, place0), (source1, place1) = [*sources, (NO_SOURCE, Place(0, 0))][:2]
+    described: list[TensorDescriptor | None] = [None, None, None]
+    if config.described:
+        described[: len(sources)] = [describe(*s, config) for s in sources]
+        described[2] = TensorDescriptor.from_tensor(weight, [1, config.BN, config.BK])
+    grid = (n * tiles(config, size) * kernel.up**2 * triton.cdiv(outputs, config.BN),)
+    convolution_kernel[grid](
+        source0,
+        described[0],
+        *place0,
+        source1,
+        described[1],
+        *place1,
+        weight,
+        described[2],
+        weight.size(2),
+        second,
+        bias,
+        folded,
+        target,
+        parts,
+        sums,
+        out,
+        outputs,
+        aligned(outputs),
+        *size,
+        SIZE=kernel.size,
+        PADDING=kernel.padding,
+        STRIDE=kernel.stride,
+        UP=kernel.up,
+        CHANNELS_LAST=out.stride(1) == 1 or outputs == 1,
+        TH=config.TH,
+        TW=config.TW,
+        BN=config.BN,
+        BK=config.BK,
+        PRECISION=precision_of(out.dtype),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )

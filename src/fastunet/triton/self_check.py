@@ -1,0 +1,250 @@
+"""Whether the kernels compute right on the GPU at hand: seen before they are first chosen.
+
+Each operator runs once, forward and backward, in each of the ways that ``configuration`` may take,
+against the definitions in float64. The verdict holds for a GPU model, the versions of torch and
+triton, and the text of the kernels; it is kept in a file, or comes with the package.
+"""
+
+import functools
+import itertools
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastunet import composed, reference
+from fastunet.activation import (
+    BILINEAR,
+    BILINEAR_ALIGN_CORNERS,
+    MAX_POOL,
+    NEAREST,
+    NONE,
+    Activation,
+)
+from fastunet.composed import Norm, SourceGrads
+
+from . import cache
+from .selection import MATERIALISED, ON_LOAD, forced
+
+# Verdicts that come with the package: runs of `make gpu`.
+COMMITTED = Path(__file__).with_name("verified.json")
+# Relative L2 distance from float64 that rounding explains: of inputs that are exact in the dtype,
+# results and what is formed between the kernels are rounded.
+TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 5e-3}
+
+Results = dict[str, Tensor]
+Run = Callable[[ModuleType, torch.dtype], Results]
+
+
+def distrusted(operator: str, x: Tensor) -> str:
+    """Why the kernels of an operator are not to be chosen by themselves; empty where they are.
+
+    Runs the check where no verdict is known, in seconds, most of which compile kernels that would
+    be compiled anyway.
+    """
+    if x.device.type != "cuda":
+        return "interpreted kernels are never chosen automatically"
+    key = f"{operator} {x.dtype} {cache.fingerprint(x.device)}"
+    if key not in verdicts():
+        if torch.cuda.is_current_stream_capturing():
+            return "the kernels have not been checked on this GPU, and cannot be in a CUDA graph"
+        verdicts()[key] = check(operator, x.dtype, x.device)
+        cache.save("self_check", {key: verdicts()[key]})
+        if verdicts()[key]:
+            warnings.warn(f"FastUNet: {verdicts()[key]}", RuntimeWarning, stacklevel=2)
+    return verdicts()[key]
+
+
+@functools.cache
+def verdicts() -> dict[str, str]:
+    """Known verdicts: empty, or what was wrong."""
+    return cache.read(COMMITTED) | cache.read(cache.file("self_check"))
+
+
+def check(operator: str, dtype: torch.dtype, device: torch.device) -> str:
+    """Empty, or what the operator's kernels get wrong on the device."""
+    from fastunet import triton as kernels
+
+    ways = (ON_LOAD, MATERIALISED) if operator.startswith("conv") else (ON_LOAD,)
+    for (name, run), way in itertools.product(CASES[operator](device), ways):
+        try:
+            with forced(way):
+                got, want = run(kernels, dtype), run(reference, torch.float64)
+        except Exception as error:  # a compiler's or a driver's: whatever it is, not these kernels
+            return f"the Triton kernels of {operator} in {dtype} fail here ({name}): {error!r}"
+        for result, exact in want.items():
+            distance = (got[result].double() - exact).norm() / exact.norm()
+            if not distance <= TOLERANCE[dtype]:
+                return (
+                    f"the Triton kernels of {operator} in {dtype} are wrong here: {result} "
+                    f"({name}) is {distance:.2g} from float64, allowed is {TOLERANCE[dtype]:.2g}"
+                )
+    return ""
+
+
+class Draw:
+    """Random tensors, exact in every dtype, the same for every reader."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.generator = torch.Generator().manual_seed(0)
+
+    def tensor(self, *shape: int, scale: float = 1.0) -> Tensor:
+        t = torch.randn(*shape, generator=self.generator) * scale
+        t = t.bfloat16().float().to(self.device)
+        return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
+
+    def source(
+        self, channels: int, size: tuple[int, int], mode: int = NONE, affine: bool = True
+    ) -> Activation:
+        h, w = size
+        grown = {NONE: size, MAX_POOL: (h // 2, w // 2)}.get(mode, (2 * h, 2 * w))
+        y = self.tensor(2, channels, *size)
+        source = Activation(y, None, None, None, 1.0, mode, grown, torch.channels_last)
+        if not affine:
+            return source
+        center, scale, shift = (self.tensor(1, channels) for _ in range(3))
+        return source._replace(center=center, scale=scale, shift=shift, slope=0.01)
+
+
+def of_dtype(source: Activation, dtype: torch.dtype) -> Activation:
+    vectors = torch.float64 if dtype == torch.float64 else torch.float32
+    center, scale, shift = (None if v is None else v.to(vectors) for v in source[1:4])
+    return source._replace(y=source.y.to(dtype), center=center, scale=scale, shift=shift)
+
+
+def named(**results: Any) -> Results:
+    """Those that there are; tuples count their members."""
+    flat: dict[str, Any] = {}
+    for name, result in results.items():
+        several = isinstance(result, tuple)
+        flat |= {f"{name} {i}": t for i, t in enumerate(result)} if several else {name: result}
+    return {name: t for name, t in flat.items() if t is not None and t.numel()}
+
+
+def conv_norm_act_cases(device: torch.device) -> Iterator[tuple[str, Run]]:
+    draw = Draw(device)
+    sources = {
+        "image": (24, [draw.source(3, (9, 21), affine=False)]),
+        "affine": (64, [draw.source(64, (9, 37))]),
+        "narrow": (128, [draw.source(128, (11, 12))]),
+        "row of 64": (128, [draw.source(128, (3, 50))]),
+        "row of 128": (64, [draw.source(64, (3, 140), affine=False)]),
+        "wide": (256, [draw.source(128, (3, 140))]),
+        "pair": (64, [draw.source(64, (6, 80)), draw.source(40, (3, 40), BILINEAR)]),
+        "plain pair": (128, [draw.source(c, (3, 130), affine=False) for c in (72, 128)]),
+        "pooled": (48, [draw.source(24, (14, 22), MAX_POOL)]),
+    }
+    for name, (outputs, inputs) in sources.items():
+        channels = sum(s.y.size(1) for s in inputs)
+        weight = draw.tensor(outputs, channels, 3, 3, scale=(9 * channels) ** -0.5)
+        vectors = [draw.tensor(outputs) for _ in range(4)]
+        dy = draw.tensor(2, outputs, *inputs[0].size)
+
+        def run(
+            kernels: ModuleType,
+            dtype: torch.dtype,
+            inputs: list[Activation] = inputs,
+            weight: Tensor = weight,
+            vectors: list[Tensor] = vectors,
+            dy: Tensor = dy,
+        ) -> Results:
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            gamma, beta, dscale, dshift = (v.to(wide) for v in vectors)
+            norm = Norm("batch", gamma, beta, None, None, 0, 1e-5)
+            read = [of_dtype(s, dtype) for s in inputs]
+            made = composed.conv_norm_act(kernels, read, weight.to(wide), None, norm)
+            y, center, scale, _, var = made
+            grads = SourceGrads(dy.to(dtype), dscale[None], dshift[None])
+            needs = [True] * (1 + len(read))
+            dweight, _, dgamma, dbeta, of_sources = composed.conv_norm_act_bwd(
+                kernels, grads, read, needs, weight.to(wide), None, norm, y, center, scale, var
+            )
+            found = named(made=made, dweight=dweight, dgamma=dgamma, dbeta=dbeta)
+            for i, grads_of_source in enumerate(of_sources):
+                found |= named(**{f"grads of source {i}": tuple(grads_of_source)})
+            return found
+
+        yield name, run
+
+
+def conv_transpose_cases(device: torch.device) -> Iterator[tuple[str, Run]]:
+    draw = Draw(device)
+    for channels, outputs, size in ((64, 32, (7, 19)), (128, 64, (3, 70)), (256, 128, (2, 130))):
+        source = draw.source(channels, size)
+        weight = draw.tensor(channels, outputs, 2, 2, scale=channels**-0.5)
+        bias, dy = draw.tensor(outputs), draw.tensor(2, outputs, 2 * size[0], 2 * size[1])
+
+        def run(
+            kernels: ModuleType,
+            dtype: torch.dtype,
+            source: Activation = source,
+            weight: Tensor = weight,
+            bias: Tensor = bias,
+            dy: Tensor = dy,
+        ) -> Results:
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            read, w = of_dtype(source, dtype), weight.to(wide)
+            y = composed.conv_transpose(kernels, read, w, bias.to(wide))
+            grads = composed.conv_transpose_bwd(kernels, dy.to(dtype), read, [True, True], w)
+            return named(y=y, dweight=grads[0], dbias=grads[1], grads=tuple(grads[2]))
+
+        yield f"{channels} to {outputs} channels", run
+
+
+def resample_cases(device: torch.device) -> Iterator[tuple[str, Run]]:
+    draw = Draw(device)
+    for mode in (NONE, MAX_POOL, BILINEAR, BILINEAR_ALIGN_CORNERS, NEAREST):
+        for channels in (64, 24, 5):
+            source = draw.source(channels, (11, 18), mode)
+            source = source.place((source.size[0] + 1, source.size[1] - 2))
+            dz = draw.tensor(2, channels, *source.size)
+
+            def run(
+                kernels: ModuleType,
+                dtype: torch.dtype,
+                source: Activation = source,
+                dz: Tensor = dz,
+            ) -> Results:
+                read = of_dtype(source, dtype)
+                grads = kernels.resample_bwd(read, dz.to(dtype))
+                return named(z=kernels.resample(read), grads=tuple(grads))
+
+            yield f"mode {mode}, {channels} channels", run
+
+
+def head_cases(device: torch.device) -> Iterator[tuple[str, Run]]:
+    draw = Draw(device)
+    for channels, classes in ((64, 2), (64, 21), (24, 1)):
+        source = draw.source(channels, (9, 50))
+        weight, bias = draw.tensor(classes, channels, scale=channels**-0.5), draw.tensor(classes)
+        dlogits = draw.tensor(2, classes, *source.size)
+
+        def run(
+            kernels: ModuleType,
+            dtype: torch.dtype,
+            source: Activation = source,
+            weight: Tensor = weight,
+            bias: Tensor = bias,
+            dlogits: Tensor = dlogits,
+        ) -> Results:
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            read, w = of_dtype(source, dtype), weight.to(wide)
+            logits = torch.empty_like(dlogits, dtype=dtype)
+            kernels.head(read, w, bias.to(wide), logits)
+            grads = kernels.head_bwd(read, w, dlogits.to(dtype), True)
+            return named(logits=logits, grads=tuple(grads))
+
+        yield f"{channels} channels, {classes} classes", run
+
+
+CASES = {
+    "conv_norm_act": conv_norm_act_cases,
+    "conv_transpose": conv_transpose_cases,
+    "resample": resample_cases,
+    "head": head_cases,
+}

@@ -1,0 +1,281 @@
+"""The stages for a GPU, as far as a CPU can run them: on tiny cases, in float32."""
+
+import functools
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks is not installed
+
+from benchmarks import network_cases
+from benchmarks.contest import BUDGETED, CHANNELS_LAST, COMPILED, EAGER, FASTUNET, Setting
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import checks, measurements, workload
+from benchmarks.gpu.job import EXPECTED, Budget, Job
+from benchmarks.network_cases import Network, network_case
+from benchmarks.operator_cases import Shapes
+from fastunet import backends
+
+REFERENCE = measurements.REFERENCE
+SIZES = {"n": 8, "copied": 4096}
+TINY = Network(4, True, 49, 67, batch=2)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def job(tmp_path):
+    return Job(tmp_path / "stage.json", Setting(), Budget(100), rounds=1, min_time=0)
+
+
+def run(monkeypatch, job, stage, **options):
+    """Whether the stage went well, and its file."""
+    with monkeypatch.context() as patch:
+        patch.setitem(gpu.STAGES, stage, functools.partial(gpu.STAGES[stage], **options))
+        good = gpu.run_stage(stage, job)
+    found = json.loads(job.path.read_text())
+    assert {"hardware", "versions", "git", "stage", "dtype", "failures", "skipped"} <= set(found)
+    return good, found
+
+
+@pytest.mark.parametrize("options", [[], ["--stage", "check"], ["--stage", "workload"]], ids=str)
+def test_without_a_gpu(options, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = CliRunner().invoke(gpu.main, options)
+    assert result.exit_code == 2
+    assert len(result.output.splitlines()) == 1
+    assert "needs an NVIDIA GPU: torch.cuda.is_available() is False" in result.output
+
+
+def test_workload():
+    options = ["--stage", "workload", "--device", "cpu", "--backend", "reference"]
+    result = CliRunner().invoke(gpu.main, options, catch_exceptions=False)
+    assert result.exit_code == 0
+    assert workload.run("cpu", "reference") == {"bfloat16": 46, "float16": 46}
+    assert "{'bfloat16': 46, 'float16': 46}" in result.output
+
+
+def test_workload_finds_what_is_not_finite(monkeypatch):
+    monkeypatch.setattr(workload, "head", lambda x, *_: x.y / 0)
+    with pytest.raises(RuntimeError, match=r"head, 5 -> 11 .*bfloat16: the result must"):
+        workload.run("cpu", "reference")
+
+
+def test_budget():
+    now = [0.0]
+    budget = Budget(200, lambda: now[0])
+    assert budget.allows("a")
+    with budget.spend("a"):
+        now[0] = 90
+    assert budget.left() == 110
+    assert budget.allows("a")  # 1.2 * 90
+    now[0] = 100
+    assert not budget.allows("a")
+    assert budget.allows(COMPILED)
+    assert not budget.allows("compile max-autotune")
+    assert EXPECTED["compile max-autotune"] > 100
+
+
+def test_job_skips_notes_failures_and_saves(job):
+    def fail():
+        raise ValueError("no good")
+
+    done = []
+    job.pattern = "^[ab]"
+    for name in ("a", "b", "c"):
+        job.do(name, "kind", fail if name == "a" else lambda name=name: done.append(name))
+    job.budget.end = job.budget.clock() + 3
+    job.do("b again", "kind of its own", fail)
+    assert done == ["b"]
+    found = json.loads(job.path.read_text())
+    assert found["failures"] == [{"what": "a", "error": "ValueError: no good"}]
+    assert [skip["what"] for skip in found["skipped"]] == ["b again"]
+
+
+REPORT = """<testsuites><testsuite tests="4">
+<testcase classname="tests.test_gpu" name="test_a" time="1"/>
+<testcase classname="tests.test_gpu" name="test_b[x]"><failure message="assert 1 == 2">..</failure>
+</testcase>
+<testcase classname="tests.test_gpu" name="test_c"><error message="boom"/></testcase>
+<testcase classname="tests.test_gpu" name="test_d"><skipped message="needs a GPU"/></testcase>
+</testsuite></testsuites>"""
+
+
+def test_junit():
+    assert checks.junit(REPORT) == {
+        "counts": {"passed": 1, "failure": 1, "error": 1, "skipped": 1},
+        "failures": [
+            ("tests.test_gpu::test_b[x]", "assert 1 == 2"),
+            ("tests.test_gpu::test_c", "boom"),
+        ],
+        "skips": {"needs a GPU": 1},
+    }
+
+
+def test_check(monkeypatch, job, tmp_path):
+    path = tmp_path / "test_some.py"
+    path.write_text("def test_good(): pass\ndef test_bad(): assert False\n")
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
+    good, found = run(monkeypatch, job, "check", tests=(str(path),), marker="not gpu")
+    assert not good
+    assert found["counts"] == {"passed": 1, "failure": 1, "error": 0, "skipped": 0}
+    (failure,) = found["failures"]
+    assert failure["what"].endswith("::test_bad")
+    path.write_text("import time\ndef test_good(): pass\ndef test_slow(): time.sleep(60)\n")
+    monkeypatch.setattr(job.budget, "left", lambda: 23)
+    _, found = run(monkeypatch, job, "check", tests=(str(path),), marker="not gpu")
+    assert found["counts"]["passed"] >= 1
+    assert "its time ran out" in found["failures"][-1]["error"]
+
+
+SANITIZED = """========= COMPUTE-SANITIZER
+========= Invalid __global__ read of size 2 bytes
+=========     at convolution_kernel+0x2d0 in convolution.py:88
+=========     Address 0x7f21 is out of bounds
+{'bfloat16': 42}
+========= ERROR SUMMARY: 1 error
+"""
+
+
+def test_sanitizer_report():
+    found = checks.sanitizer_report(SANITIZED)
+    assert found["errors"] == 1
+    assert found["kernels"] == {"convolution_kernel": 1}
+    assert len(found["output"]) == 5
+    races = "========= RACECHECK SUMMARY: 3 hazards displayed (2 errors, 1 warning)"
+    assert checks.sanitizer_report(races)["errors"] == 3
+    assert checks.sanitizer_report("killed")["errors"] is None
+
+
+def test_sanitize(monkeypatch, job, tmp_path):
+    monkeypatch.setattr(checks, "find_sanitizer", lambda: None)
+    good, found = run(monkeypatch, job, "sanitize")
+    assert good
+    assert found["compute-sanitizer"] is None
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(
+        "#!/bin/sh\n[ $2 = racecheck ] && echo '=== RACECHECK SUMMARY: 2 hazards displayed' || "
+        "echo '=== ERROR SUMMARY: 0 errors'\n"
+    )
+    tool.chmod(0o755)
+    monkeypatch.setattr(checks, "find_sanitizer", lambda: str(tool))
+    monkeypatch.setattr(checks, "WORKLOAD", ("true",))
+    good, found = run(monkeypatch, job, "sanitize")
+    assert not good
+    assert [one["errors"] for one in found["results"]] == [0, 2, 0]
+
+
+def test_ceilings(monkeypatch, job, capsys):
+    good, found = run(monkeypatch, job, "ceilings", **SIZES)
+    assert good
+    assert set(found["ceilings"]) == {"bfloat16", "float16", "tfloat32", "copy"}
+    assert all(value > 0 for value in found["ceilings"].values())
+    assert "copy, TB/s" in capsys.readouterr().out
+
+
+def test_operators(monkeypatch, job):
+    job.pattern = "level(4-one|3-up|1-max_pool|0-classes2)/"
+    shapes = Shapes((4,), 64, 2)
+    names = (REFERENCE, FASTUNET)
+    good, found = run(monkeypatch, job, "operators", shapes=shapes, names=names, **SIZES)
+    assert good
+    assert len(found["results"]) == 8
+    for case in found["results"]:
+        assert list(case["contenders"]) == [*EAGER, *names]
+        for contender in case["contenders"].values():
+            assert contender["bytes_per_second"] * contender["median"] == pytest.approx(
+                case["bytes"]
+            )
+            assert contender["of_copy_ceiling"] > 0
+    assert job.path.with_suffix(".png").exists()
+
+
+def test_operators_count_what_they_read_and_write(monkeypatch, job):
+    job.pattern = "base4-level1-affine/forward"
+    shapes = Shapes((4,), 64, 2)
+    _, found = run(monkeypatch, job, "operators", shapes=shapes, names=(FASTUNET,), **SIZES)
+    (case,) = found["results"]
+    assert case["bytes"] == 4 * (2 * 2 * 8 * 32 * 32 + 2 * 8)  # two maps, scale and shift
+
+
+def test_networks(monkeypatch, job):
+    lines = ((REFERENCE, "fastunet no-such-backend", FASTUNET), (FASTUNET, f"{FASTUNET} cpu"))
+    job.pattern = "(step|fastunet)$"
+    good, found = run(monkeypatch, job, "networks", chosen=[TINY], lines=lines, **SIZES)
+    assert not good
+    title = "networks/base4-bilinear-49x67-batch2"
+    assert {f["what"] for f in found["failures"]} == {
+        f"{title}/{phase}/fastunet no-such-backend" for phase in ("forward", "step")
+    }
+    assert [list(case["contenders"]) for case in found["results"]] == 2 * [
+        [*EAGER, REFERENCE, FASTUNET]
+    ]
+    assert found["bounds"][TINY.name]["fused"]["training_seconds"] > 0
+    assert math.isfinite(found["results"][1]["contenders"][FASTUNET]["ratio"])
+
+
+def test_memory(monkeypatch, job):
+    names = [FASTUNET, f"{FASTUNET} cpu checkpoint", CHANNELS_LAST, f"{CHANNELS_LAST} checkpoint"]
+    network = TINY._replace(height=64, width=64)
+    good, found = run(monkeypatch, job, "memory", chosen=[network], names=names)
+    assert good
+    fast, fast_less, eager, eager_less = found["results"]
+    assert fast["saved"] < eager["saved"]
+    assert fast_less["saved"] < fast["saved"]
+    assert eager_less["saved"] < eager["saved"]
+    of_loss = 2 * 64 * 64 * (2 * 4 + 8)  # log-softmax and labels
+    # counted in bfloat16
+    assert fast["saved"] == pytest.approx(2 * fast["predicted"] + of_loss, rel=0.01)
+    assert fast_less["predicted"] is None
+
+
+def test_graph_contenders(monkeypatch):
+    """Inference through fastunet.capture in the contender's backend, steps by a replay."""
+    seen = []
+
+    def capture(model, image):
+        seen.append(backends.requested())
+        return model
+
+    monkeypatch.setattr(network_cases, "capture", capture)
+    monkeypatch.setattr(network_cases, "replayed", lambda work: lambda: [*work(), "replayed"])
+    name = f"{REFERENCE} graph"
+    forward = network_case(TINY, "forward").make(name, Setting()).run()
+    assert [t.shape for t in forward] == [(2, 2, 49, 67)]
+    assert seen == ["reference"]
+    assert network_case(TINY, "step").make(name, Setting()).run()[-1] == "replayed"
+
+
+def test_compile_contenders(monkeypatch):
+    """How torch.compile is called; and the memory budget holds while it compiles, not longer."""
+    seen = []
+
+    def compiled(model, **options):
+        def call(x):
+            budgets.append(torch._functorch.config.activation_memory_budget)
+            return model(x)
+
+        budgets = []
+        seen.append((options, budgets))
+        return call
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    case = network_case(TINY, "step")
+    for name in (COMPILED, "compile max-autotune", BUDGETED):
+        case.make(name, Setting()).run()
+    assert [options["mode"] for options, _ in seen] == [None, "max-autotune", None]
+    assert [budgets for _, budgets in seen] == [[1.0], [1.0], [0.5, 1.0]]
+    operators = replace(case, can_compile=False)
+    assert COMPILED not in operators.contenders(Setting(contenders=(*EAGER, COMPILED)))

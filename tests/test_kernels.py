@@ -1,0 +1,64 @@
+"""What the Triton kernels compile to, for GPUs that are not there (tools/kernels.py)."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+ROOT = Path(__file__).parents[1]
+
+
+def kernels(tmp_path, *options):
+    """The rows of the table, compiled in a process that does not interpret."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "tools/kernels.py", *options, "--json", str(tmp_path / "rows.json")]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return json.loads((tmp_path / "rows.json").read_text())
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        pytest.param(("--dtype", "float16"), marks=pytest.mark.slow),
+        pytest.param(("--dtype", "float32"), marks=pytest.mark.slow),
+        pytest.param(("--base", "24", "--sm", "86"), marks=pytest.mark.slow),
+    ],
+    ids=lambda options: " ".join(options) or "defaults",
+)
+def test_compile(tmp_path, options):
+    """No spills, shared memory within limits, products on tensor cores, loads that run ahead."""
+    rows = kernels(tmp_path, *options)
+    names = {row["kernel"] for row in rows}
+    assert {"convolution", "weight_grad", "resample", "resample_bwd", "apply", "finish"} <= names
+    if options:
+        return
+    wide = [r for r in rows if r["kernel"] == "convolution" and r["configuration"]["BN"] >= 64]
+    for row in wide:
+        # every load of 16 bytes, by the TMA unit or asynchronously
+        assert row["tma"] or row["cp.async"] or row["ld.128"]
+        assert row["wgmma" if row["sm"] == 90 else "mma"]
+    assert any(row["tma"] for row in wide if row["sm"] == 90)
+    assert not any(row["tma"] for row in wide if row["sm"] == 80)
+
+
+def test_faults_are_found(tmp_path):
+    """Blocks that do not fit a chip's shared memory are a fault, and the exit status says so."""
+    code = (
+        "import sys; sys.path.insert(0, 'tools'); import kernels\n"
+        "kernels.SHARED[90] = 1 << 10\n"
+        "kernels.main(['--sm', '90', '--base', '32', '--depth', '1'])"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 1
+    assert "bytes of shared memory, at most 1024" in run.stdout
