@@ -132,7 +132,9 @@ def test_environment():
     assert python(code, FASTUNET_BACKEND="reference").stdout.strip() == "reference"
     result = python(code, FASTUNET_BACKEND="fast")
     assert result.returncode != 0
-    assert "FASTUNET_BACKEND must be one of auto, cpu, triton, reference, got 'fast'" in result.stderr
+    assert (
+        "FASTUNET_BACKEND must be one of auto, cpu, triton, reference, got 'fast'" in result.stderr
+    )
 
 
 @needs_kernels

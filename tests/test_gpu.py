@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import fastunet
 from fastunet import FastUNet
 from fastunet.memory import measure_allocations, saved_for_backward
 from fastunet.reference import UNet
@@ -58,9 +59,15 @@ def test_float64_parity(options, train):
         assert torch.allclose(a, b, rtol=1e-7, atol=1e-9)
 
 
+@pytest.fixture(params=["reference", "triton"])
+def backend(request):
+    with fastunet.backend(request.param):
+        yield request.param
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bilinear", [False, True])
-def test_autocast_error_is_at_most_twice_eagers(bilinear, dtype):
+def test_autocast_error_is_at_most_twice_eagers(backend, bilinear, dtype):
     reference, fast = pair(torch.float32, bilinear=bilinear, conv_bias=False)
     exact = copy.deepcopy(reference).double()
     x = torch.randn(2, 3, 64, 96, device="cuda")
@@ -70,7 +77,26 @@ def test_autocast_error_is_at_most_twice_eagers(bilinear, dtype):
     assert errors[0] <= 2 * errors[1] + torch.finfo(dtype).eps
 
 
-def test_gradients_are_the_same_bits_again():
+@pytest.mark.parametrize("bilinear", [False, True])
+def test_training_error_is_at_most_twice_eagers(backend, bilinear):
+    """Every gradient and statistic of a bf16 step, by the root mean square over the tensors."""
+    reference, fast = pair(torch.float32, 32, bilinear=bilinear, conv_bias=False)
+    exact = copy.deepcopy(reference).double()
+    x = torch.randn(2, 3, 128, 160, device="cuda")
+    want = step(exact, x.double())
+    errors = []
+    for model in (fast, reference):
+        with torch.autocast("cuda", torch.bfloat16):
+            got = step(model, x)
+        each = [
+            ((a - b).norm() / b.norm().clamp_min(1e-12)).item()
+            for a, b in zip(got, want, strict=True)
+        ]
+        errors.append((sum(e * e for e in each) / len(each)) ** 0.5)
+    assert errors[0] <= 2 * errors[1]
+
+
+def test_gradients_are_the_same_bits_again(backend):
     torch.backends.cudnn.deterministic = True
     _, fast = pair(torch.float32, bilinear=True)
     twin = copy.deepcopy(fast)
@@ -79,7 +105,7 @@ def test_gradients_are_the_same_bits_again():
 
 
 @pytest.mark.parametrize(("bilinear", "bound"), [(True, 0.38), (False, 0.47)])
-def test_saved_bytes(bilinear, bound):
+def test_saved_bytes(backend, bilinear, bound):
     reference, fast = pair(torch.float32, 64, bilinear=bilinear, conv_bias=False)
     x = torch.randn(1, 3, 256, 256, device="cuda")
     saved = {}
@@ -89,3 +115,54 @@ def test_saved_bytes(bilinear, bound):
     assert saved[fast] <= bound * saved[reference]
     live = measure_allocations(lambda: fast(x), "cuda").live_bytes
     assert live <= 1.05 * saved[fast] + 4e6  # cuDNN and the allocator's rounding
+
+
+@pytest.mark.parametrize("bilinear", [False, True])
+def test_capture(backend, bilinear):
+    """The graph computes what the model does, also after its parameters have changed."""
+    _, fast = pair(torch.float32, 16, bilinear=bilinear)
+    fast.eval()
+    x, other = (torch.randn(2, 3, 64, 96, device="cuda") for _ in range(2))
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        captured = fastunet.capture(fast, x)
+        for image in (x, other, x):
+            torch.testing.assert_close(captured(image), fast(image), rtol=0, atol=0)
+        first = captured(x)
+        for p in fast.parameters():
+            p.mul_(1.25)
+        assert not torch.equal(captured(x), first)
+        torch.testing.assert_close(captured(x), fast(x), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="must have the example's shape"):
+        captured(x[:1])
+
+
+def test_automatic_choice():
+    """The self-check passes here, so the Triton kernels serve by themselves."""
+    pytest.importorskip("triton")
+    if torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("needs compute capability 8.0")
+    x = torch.zeros(1, device="cuda", dtype=torch.bfloat16)
+    for operator in ("conv_norm_act", "conv_transpose", "resample", "head"):
+        assert fastunet.backends.why_not("triton", operator, x) == ""
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_tuning(train, tmp_path, monkeypatch):
+    """Measured choices change nothing but rounding."""
+    monkeypatch.setenv("FASTUNET_CACHE", str(tmp_path))
+    _, fast = pair(torch.float32, 16)
+    fast.train(train)
+    x = torch.randn(1, 3, 64, 96, device="cuda")
+    with fastunet.backend("triton"), torch.autocast("cuda", torch.bfloat16):
+        before = fast(x).float()
+        assert fastunet.tune(fast, x, rounds=2)
+        assert distance([fast(x).float()], [before]) < 0.05
+
+
+def test_torch_compile():
+    _, fast = pair(torch.float32, 16)
+    x = torch.randn(1, 3, 64, 96, device="cuda")
+    with fastunet.backend("triton"):
+        compiled = torch.compile(fast, fullgraph=True)
+        for a, b in zip(step(compiled, x), step(fast, x), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)

@@ -25,6 +25,7 @@ from .job import Budget, Job
 
 STAGES: dict[str, Callable[[Job], Any]] = {
     "check": checks.check,
+    "verify": checks.verify,
     "sanitize": checks.sanitize,
     "ceilings": measurements.ceilings,
     "operators": measurements.operators,

@@ -14,6 +14,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from benchmarks.results import ROOT
 
 from .job import Job
@@ -92,6 +94,23 @@ def check(job: Job, tests: tuple[str, ...] = TESTS, marker: str = "gpu") -> None
         job.fail("pytest", "its time ran out; the tests that it interrupted count as passed")
     elif found is None or (done.status != 0 and not found["failures"]):
         job.fail("pytest", f"status {done.status}\n{done.output}")
+
+
+def verify(job: Job) -> None:
+    """The self-checks' verdicts, as src/fastunet/triton/verified.json keeps them."""
+    from fastunet.triton import self_check
+
+    verdicts = job.result["verdicts"] = {}
+    device = torch.device(job.setting.device)
+    for dtype in self_check.TOLERANCE:
+        for operator in self_check.CASES:
+            why = self_check.check(operator, dtype, device)
+            verdicts[self_check.key_of(operator, dtype, device)] = why
+            name = f"{operator} {dtype}"
+            job.rows[name] = {"self-check": name, "verdict": why or "passed"}
+            if why:
+                job.fail(name, why)
+            job.save()
 
 
 def sanitizer_report(output: str) -> dict[str, Any]:

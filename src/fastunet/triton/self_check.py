@@ -30,7 +30,7 @@ from fastunet.composed import Norm, SourceGrads
 from . import cache
 from .selection import MATERIALISED, ON_LOAD, forced
 
-# Verdicts that come with the package: runs of `make gpu`.
+# Verdicts that come with the package, as `make gpu STAGE=verify` finds them.
 COMMITTED = Path(__file__).with_name("verified.json")
 # Relative L2 distance from float64 that rounding explains: of inputs that are exact in the dtype,
 # results and what is formed between the kernels are rounded.
@@ -48,7 +48,7 @@ def distrusted(operator: str, x: Tensor) -> str:
     """
     if x.device.type != "cuda":
         return "interpreted kernels are never chosen automatically"
-    key = f"{operator} {x.dtype} {cache.fingerprint(x.device)}"
+    key = key_of(operator, x.dtype, x.device)
     if key not in verdicts():
         if torch.cuda.is_current_stream_capturing():
             return "the kernels have not been checked on this GPU, and cannot be in a CUDA graph"
@@ -57,6 +57,10 @@ def distrusted(operator: str, x: Tensor) -> str:
         if verdicts()[key]:
             warnings.warn(f"FastUNet: {verdicts()[key]}", RuntimeWarning, stacklevel=2)
     return verdicts()[key]
+
+
+def key_of(operator: str, dtype: torch.dtype, device: torch.device) -> str:
+    return f"{operator} {dtype} {cache.fingerprint(device)}"
 
 
 @functools.cache

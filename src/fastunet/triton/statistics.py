@@ -172,9 +172,8 @@ def statistics(
         share = max(MOST, triton.cdiv(tiles, MOST))
         splits = triton.cdiv(tiles, share)
         fewer = empty_parts(mean, rows * splits, C)
-        BC = min(64, triton.next_power_of_2(C))
-        grid = (triton.cdiv(C, BC), splits, rows)
-        merge_kernel[grid](parts, fewer, tiles, share, C, BT=32, BC=BC)
+        grid = (triton.cdiv(C, 32), splits, rows)
+        merge_kernel[grid](parts, fewer, tiles, share, C, BT=64, BC=32)
         parts, tiles = fewer, splits
     width = C // groups if groups else 1
     BG, BW = channel_block(C, width)

@@ -84,7 +84,7 @@ def weight_grad_kernel(
     tl.store(partial + row + c[None, :], acc, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def add_splits_kernel(
     partial,
     splits,
