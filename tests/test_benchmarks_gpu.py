@@ -73,6 +73,25 @@ def test_workload_finds_what_is_not_finite(monkeypatch):
         workload.run("cpu", "reference")
 
 
+def test_verify(monkeypatch, job):
+    """Each operator's and dtype's verdict, under the key by which it is looked up."""
+    self_check = pytest.importorskip("fastunet.triton.self_check")
+
+    def check(operator, dtype, device):
+        return "wrong sums" if (operator, dtype) == ("head", torch.float16) else "", True
+
+    monkeypatch.setattr(self_check, "check", check)
+    good, found = run(monkeypatch, job, "verify")
+    assert not good
+    assert [f["what"] for f in found["failures"]] == ["head torch.float16"]
+    keys = {
+        self_check.key_of(operator, dtype, torch.device("cpu")): check(operator, dtype, None)[0]
+        for operator in self_check.CASES
+        for dtype in self_check.TOLERANCE
+    }
+    assert found["verdicts"] == keys
+
+
 def test_budget():
     now = [0.0]
     budget = Budget(200, lambda: now[0])

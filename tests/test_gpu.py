@@ -97,8 +97,8 @@ def test_training_error_is_at_most_twice_eagers(backend, bilinear):
 
 
 def test_gradients_are_the_same_bits_again(backend):
-    torch.backends.cudnn.deterministic = True
-    _, fast = pair(torch.float32, bilinear=True)
+    """Also where PyTorch's convolutions serve, which may choose others by themselves."""
+    _, fast = pair(torch.float32, 64, bilinear=True)
     twin = copy.deepcopy(fast)
     x = torch.randn(2, 3, 64, 96, device="cuda")
     assert all(torch.equal(a, b) for a, b in zip(step(fast, x), step(twin, x), strict=True))
@@ -161,8 +161,9 @@ def test_tuning(train, tmp_path, monkeypatch):
 
 def test_torch_compile():
     _, fast = pair(torch.float32, 16)
+    twin = copy.deepcopy(fast)
     x = torch.randn(1, 3, 64, 96, device="cuda")
     with fastunet.backend("triton"):
         compiled = torch.compile(fast, fullgraph=True)
-        for a, b in zip(step(compiled, x), step(fast, x), strict=True):
+        for a, b in zip(step(compiled, x), step(twin, x), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)

@@ -26,6 +26,7 @@ VARIANTS = {
     "bilinear": ({"bilinear": True}, (13, 11)),
     "transposed": ({"bilinear": False, "conv_bias": True}, (12, 16)),
     "defaults": ({"depth": 4, "base_channels": 2}, (16, 16)),
+    "no norm": ({"norm": "none", "bilinear": True, "depth": 1}, (5, 8)),
     "group": ({"norm": "group", "activation": "leaky_relu", "depth": 1}, (5, 8)),
 }
 
@@ -82,7 +83,7 @@ def test_inference(variant, way):
         want = plain(x)
         with Record("conv_norm_act_folded") as folded:
             torch.testing.assert_close(fast(x), want, rtol=1e-4, atol=1e-4)
-        assert bool(folded.calls) == (options.get("norm", "batch") == "batch")
+        assert bool(folded.calls) == (options.get("norm") != "group")
         with keeping(kept):
             first = fast(x)
             count = len(kept)
@@ -139,6 +140,17 @@ def test_tuning(own_cache):
     assert json.loads((own_cache / "tuning.json").read_text()) == choices
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
+    with fastunet.backend("triton"):
+        choices = tuning.tune(model.eval(), random(1, 3, 6, 6), rounds=1)
+    assert {key.split()[0] for key in choices} == {"conv_norm_act", "conv_transpose"}
+
+
+def test_tuning_needs_the_kernels(own_cache):
+    _, model = pair(depth=1)
+    for backend, why in (("auto", "never chosen automatically"), ("cpu", "backend is 'cpu'")):
+        with fastunet.backend(backend), pytest.raises(RuntimeError, match=why):
+            tuning.tune(model, random(1, 3, 6, 6))
+    assert not list(own_cache.iterdir())
 
 
 FIRST = {"conv_norm_act": 1, "conv_transpose": 1, "head": 3, "resample": 6}
@@ -158,14 +170,16 @@ def fewer_cases(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("operator", self_check.CASES)
 def test_self_check_passes(fewer_cases, operator, dtype):
-    assert self_check.check(operator, dtype, torch.device("cpu")) == ""
+    """In whatever mode the caller is."""
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert self_check.check(operator, dtype, torch.device("cpu")) == ("", True)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("operator", self_check.CASES)
 def test_whole_self_check_passes(operator):
-    assert self_check.check(operator, torch.float32, torch.device("cpu")) == ""
+    assert self_check.check(operator, torch.float32, torch.device("cpu")) == ("", True)
 
 
 def test_self_check_finds_wrong_kernels(fewer_cases, monkeypatch):
@@ -179,11 +193,13 @@ def test_self_check_finds_wrong_kernels(fewer_cases, monkeypatch):
     for module in modules.values():
         monkeypatch.setattr(module, "convolve", shifted)
     for operator in modules:
-        why = self_check.check(operator, torch.float32, torch.device("cpu"))
+        why, lasting = self_check.check(operator, torch.float32, torch.device("cpu"))
         assert "are wrong here" in why
+        assert lasting
     monkeypatch.setattr(modules["head"], "convolve", lambda *_, **__: 1 / 0)
-    why = self_check.check("head", torch.float32, torch.device("cpu"))
+    why, lasting = self_check.check("head", torch.float32, torch.device("cpu"))
     assert "fail here" in why
+    assert not lasting
     assert "division by zero" in why
 
 
@@ -200,7 +216,9 @@ def test_verdicts_are_kept_and_decide(own_cache, monkeypatch):
 
     def check(operator, dtype, device):
         runs.append(operator)
-        return "wrong sums" if operator == "head" else ""
+        return {"head": ("wrong sums", True), "resample": ("no memory", False)}.get(
+            operator, ("", True)
+        )
 
     monkeypatch.setattr(self_check, "check", check)
     monkeypatch.setattr(cache, "fingerprint", lambda device: "some GPU")
@@ -214,10 +232,17 @@ def test_verdicts_are_kept_and_decide(own_cache, monkeypatch):
     assert backends.why_not("triton", "head", x) == "wrong sums"
     assert backends.why_not("triton", "conv_norm_act", x) == ""
     assert runs == ["head", "conv_norm_act"]
+    # What failed, rather than was wrong, is tried again by the next process.
+    with pytest.warns(RuntimeWarning, match="no memory"):
+        assert backends.why_not("triton", "resample", x) == "no memory"
+    assert backends.why_not("triton", "resample", x) == "no memory"
+    self_check.verdicts.cache_clear()
+    assert backends.why_not("triton", "resample", x) == "no memory"
+    assert runs == ["head", "conv_norm_act", "resample", "resample"]
     x.dtype = torch.bfloat16
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert "cannot be in a CUDA graph" in backends.why_not("triton", "conv_norm_act", x)
-    assert runs == ["head", "conv_norm_act"]
+    assert len(runs) == 4
 
 
 def test_damaged_cache_is_none(own_cache):

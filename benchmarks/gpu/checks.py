@@ -104,7 +104,7 @@ def verify(job: Job) -> None:
     device = torch.device(job.setting.device)
     for dtype in self_check.TOLERANCE:
         for operator in self_check.CASES:
-            why = self_check.check(operator, dtype, device)
+            why, _ = self_check.check(operator, dtype, device)
             verdicts[self_check.key_of(operator, dtype, device)] = why
             name = f"{operator} {dtype}"
             job.rows[name] = {"self-check": name, "verdict": why or "passed"}

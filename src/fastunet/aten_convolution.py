@@ -3,7 +3,8 @@
 ``kernels`` is a backend module, which has ``resample`` to materialise the sources.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 import torch
@@ -16,12 +17,27 @@ CONVOLUTION = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
 TRANSPOSED = ([2, 2], [0, 0], [1, 1], True, [0, 0], 1)
 
 
+@contextlib.contextmanager
+def deterministic(x: Tensor) -> Iterator[None]:
+    """On GPUs cuDNN may else choose algorithms that add up in another order every time."""
+    before = torch.backends.cudnn.deterministic
+    if before or not x.is_cuda:
+        yield
+        return
+    torch.backends.cudnn.deterministic = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic = before
+
+
 def convolution(kernels: ModuleType, sources: Sequence[Activation], weight: Tensor) -> Tensor:
     """3x3, padding 1, without bias; the result is channels_last."""
     x = gather(kernels, sources)
     low = weight.to(x.dtype)
     (x,) = favoured_layout(low, x, deep=16)
-    y = torch.ops.aten.convolution(x, low, None, *CONVOLUTION)
+    with deterministic(x):
+        y = torch.ops.aten.convolution(x, low, None, *CONVOLUTION)
     return y.contiguous(memory_format=torch.channels_last)
 
 
@@ -31,9 +47,10 @@ def convolution_input_grad(dy: Tensor, weight: Tensor) -> Tensor:
     # convolution_backward wants the input in memory, although it does not read it.
     unread = dy.new_empty((dy.size(0), weight.size(1), dy.size(2), dy.size(3)))
     dy, unread = favoured_layout(low, dy, unread, deep=2.5)
-    dx = torch.ops.aten.convolution_backward(
-        dy, unread, low, None, *CONVOLUTION, [True, False, False]
-    )[0]
+    with deterministic(dy):
+        dx = torch.ops.aten.convolution_backward(
+            dy, unread, low, None, *CONVOLUTION, [True, False, False]
+        )[0]
     return dx.contiguous(memory_format=torch.channels_last)
 
 
@@ -47,11 +64,11 @@ def convolution_weight_grad(
         low = weight.narrow(1, channel, x.size(1)).to(x.dtype)
         channel += x.size(1)
         grad, x = favoured_layout(low, dy, x, deep=2.5)
-        grads.append(
-            torch.ops.aten.convolution_backward(
+        with deterministic(x):
+            _, dweight, _ = torch.ops.aten.convolution_backward(
                 grad, x, low, None, *CONVOLUTION, [False, True, False]
-            )[1]
-        )
+            )
+        grads.append(dweight)
     return torch.cat(grads, 1)
 
 
@@ -61,7 +78,8 @@ def transposed(
     """2x2, stride 2; the result is channels_last."""
     x = gather(kernels, [source])
     low, low_bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    y = torch.ops.aten.convolution(x, low, low_bias, *TRANSPOSED)
+    with deterministic(x):
+        y = torch.ops.aten.convolution(x, low, low_bias, *TRANSPOSED)
     return y.contiguous(memory_format=torch.channels_last)
 
 
@@ -71,14 +89,15 @@ def transposed_bwd(
     """dx, dweight, dbias; needs: weight, source."""
     need_weight, need_source = needs
     x = gather(kernels, [source])
-    return torch.ops.aten.convolution_backward(
-        dy.contiguous(memory_format=torch.channels_last),
-        x,
-        weight.to(x.dtype),
-        [weight.size(1)],
-        *TRANSPOSED,
-        [need_source, need_weight, True],
-    )
+    with deterministic(x):
+        return torch.ops.aten.convolution_backward(
+            dy.contiguous(memory_format=torch.channels_last),
+            x,
+            weight.to(x.dtype),
+            [weight.size(1)],
+            *TRANSPOSED,
+            [need_source, need_weight, True],
+        )
 
 
 def gather(kernels: ModuleType, sources: Sequence[Activation]) -> Tensor:

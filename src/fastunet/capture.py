@@ -1,11 +1,13 @@
 """Inference from a CUDA graph: no launch overhead, weights packed and norms folded once."""
 
+import contextlib
 from collections.abc import Hashable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import backends
 from .prepared import keeping
 
 WARM_UP = 3  # runs before recording: kernels compile, libraries choose algorithms
@@ -14,14 +16,17 @@ WARM_UP = 3  # runs before recording: kernels compile, libraries choose algorith
 class Captured:
     """A model's inference at one input size, as ``capture`` returns it.
 
-    Call it with a tensor like the example; it returns the logits, in memory of their own. It
-    records again where a parameter or buffer has changed since, which it sees by PyTorch's version
+    Call it with a tensor like the example, from one thread at a time; it returns the logits, in
+    memory of their own. It runs on the backend that was asked for when it was made, and records
+    again where a parameter or buffer has changed since, which it sees by PyTorch's version
     counters; a change through ``.data`` has none: call ``refresh()`` after it.
     """
 
     def __init__(self, model: nn.Module, example: Tensor) -> None:
         self.model = model
-        self.input = example.clone()
+        with torch.inference_mode(False):
+            self.input = example.clone()
+        self.backend = backends.requested()
         # Autocast of the caller's: it is part of what is recorded.
         self.autocast = torch.is_autocast_enabled("cuda")
         self.dtype = torch.get_autocast_dtype("cuda")
@@ -32,7 +37,12 @@ class Captured:
         self.state = self.versions()
         self.kept: dict[Hashable, Any] = {}
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self.input.device), torch.no_grad(), keeping(self.kept):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(torch.cuda.device(self.input.device))
+            stack.enter_context(backends.backend(self.backend))
+            stack.enter_context(keeping(self.kept))
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):

@@ -5,28 +5,36 @@ them: ``fastunet.capture``.
 """
 
 import contextlib
+import threading
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-_kept: dict[Hashable, Any] | None = None
+
+
+class State(threading.local):
+    kept: dict[Hashable, Any] | None = None
+
+
+_state = State()
 
 
 @contextlib.contextmanager
-def keeping(kept: dict[Hashable, Any]) -> Iterator[None]:
-    """What is prepared in this context goes to ``kept``, and is not prepared again."""
-    global _kept
-    before, _kept = _kept, kept
+def keeping(kept: dict[Hashable, Any] | None) -> Iterator[None]:
+    """What this thread prepares in this context goes to ``kept``, and is not prepared again; None:
+    nothing is kept."""
+    before, _state.kept = _state.kept, kept
     try:
         yield
     finally:
-        _kept = before
+        _state.kept = before
 
 
 def prepared(key: Hashable, make: Callable[[], T]) -> T:
     """What ``make`` returns; key: names it and the tensors it is made of, which must stay alive."""
-    if _kept is None:
+    kept = _state.kept
+    if kept is None:
         return make()
-    if key not in _kept:
-        _kept[key] = make()
-    return _kept[key]
+    if key not in kept:
+        kept[key] = make()
+    return kept[key]

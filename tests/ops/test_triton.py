@@ -114,8 +114,8 @@ SHAPES = {
     "described, two tiles": conv("none", Source(24, 2, 140, rows="plain"), out_channels=70, n=1),
     "described pair": conv(
         "batch",
-        Source(40, 3, 50, slope=1.0),
-        Source(8, 2, 47, rows="plain", placement=(1, 3)),
+        Source(40, 4, 50, slope=1.0),
+        Source(8, 2, 47, rows="plain", placement=(2, 3)),
         out_channels=36,
         n=1,
     ),
@@ -208,6 +208,18 @@ def test_results(operator, threads, poisoned):
     check_repeats(case, threads, (1, 1))
     check_results_stay(case)
     check_poisoned(case, poisoned)
+
+
+@one_way
+def test_strided_parameters():
+    """Every other element of something wider."""
+    for case in map(Placed, (SMALL["conv_norm_act"], SMALL["conv_transpose"])):
+        tensors = case.tensors()
+        strided = {
+            n: t.repeat_interleave(2, -1)[..., ::2] if t.dim() < 3 else t
+            for n, t in tensors.items()
+        }
+        assert_within(evaluate(case.fast, strided), evaluate(case.fast, tensors), 0)
 
 
 @one_way

@@ -18,13 +18,15 @@ def define(name: str, schema: str, implementation: Callable, fake: Callable) -> 
 
 
 def without_autocast(implementation: Callable) -> Callable:
-    """Operators follow autocast in their public functions; inside, dtypes are what they are."""
+    """Operators follow autocast in their public functions; inside, dtypes are what they are. And
+    Triton launches on the current device, whatever that of the tensors is."""
 
     def run(*args: Any) -> Any:
-        device = args[0].device.type if isinstance(args[0], Tensor) else "cpu"
-        if not torch.is_autocast_enabled(device):
+        tensor = next(a for a in args if isinstance(a, Tensor))
+        device = tensor.device.type
+        if device != "cuda" and not torch.is_autocast_enabled(device):
             return implementation(*args)
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(device, enabled=False), torch.cuda.device_of(tensor):
             return implementation(*args)
 
     return run

@@ -8,10 +8,7 @@ from torch import Tensor
 
 try:
     import triton
-except ImportError as error:
-    MISSING = f"Triton cannot be imported ({error})"
-else:
-    MISSING = ""
+
     from .conv_norm_act import conv_norm_act, conv_norm_act_bwd, conv_norm_act_folded
     from .conv_transpose import conv_transpose, conv_transpose_bwd
     from .head import head, head_bwd
@@ -19,6 +16,10 @@ else:
     from .resample import resample, resample_bwd
     from .selection import convolves
     from .self_check import distrusted
+except ImportError as error:
+    MISSING = f"Triton is missing, or an old one ({error})"
+else:
+    MISSING = ""
 
 __all__ = [
     "conv_norm_act",

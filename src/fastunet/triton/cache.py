@@ -17,10 +17,12 @@ def fingerprint(device: torch.device) -> str:
     text = hashlib.sha256()
     for source in sorted(Path(__file__).parent.glob("*.py")):
         text.update(source.read_bytes())
-    name = "interpreter"
+    name = device.type
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         name = f"{torch.cuda.get_device_name(device)} sm_{major}{minor}"
+    if triton.knobs.runtime.interpret:
+        name += " interpreted"
     versions = f"torch {torch.__version__} triton {triton.__version__}"
     return f"{name} {versions} kernels {text.hexdigest()[:16]}"
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastunet.activation import NONE, Activation
-from fastunet.composed import Norm, SourceGrads, fixed_vectors
+from fastunet.composed import Norm, SourceGrads, as_dtype, fixed_vectors
 from fastunet.maps import empty_map
 from fastunet.prepared import prepared
 
@@ -30,7 +30,8 @@ def conv_norm_act(
         return y, *fixed_vectors(norm, bias, y)
     rows, groups = (sources[0].y.size(0), norm.groups) if norm.kind == "group" else (1, 0)
     y, parts = convolution_and_parts(sources, weight)
-    return y, *statistics(parts, rows, groups, bias, norm.gamma, norm.beta, norm.eps)
+    bias, gamma, beta = (as_dtype(v, torch.float32) for v in (bias, norm.gamma, norm.beta))
+    return y, *statistics(parts, rows, groups, bias, gamma, beta, norm.eps)
 
 
 def conv_norm_act_folded(
@@ -38,10 +39,12 @@ def conv_norm_act_folded(
 ) -> Tensor:
     """act(scale * (y - center) + shift), where the norm has no statistics."""
     vectors = (bias, *norm[1:5])
-    key = ("folded", norm.kind, norm.eps, *(None if v is None else v.data_ptr() for v in vectors))
-    like = sources[0].y.new_empty((1, weight.size(0), 1, 1))
+    outputs = weight.size(0)
+    made_of = [None if v is None else (v.data_ptr(), v.stride()) for v in vectors]
+    key = ("folded", outputs, norm.kind, norm.eps, *made_of)
+    like = sources[0].y.new_empty((1, outputs, 1, 1))
     center, scale, shift, _ = prepared(key, lambda: fixed_vectors(norm, bias, like))
-    folded = Source(None, 0, weight.size(0), center, scale, shift, 0, slope)
+    folded = Source(None, 0, outputs, center, scale, shift, 0, slope)
     return convolution_of(sources, weight, folded=folded)
 
 

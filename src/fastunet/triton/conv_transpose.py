@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastunet.activation import Activation
+from fastunet.composed import as_dtype
 from fastunet.maps import empty_map
 
 from . import convolution, selection
@@ -27,6 +28,7 @@ def conv_transpose(source: Activation, weight: Tensor, bias: Tensor | None) -> T
         described=can_be_described(*read, source.size),
     )
     packed, second = pack(weight, 1, [source.y.size(1)], y.dtype, config)
+    bias = as_dtype(bias, torch.float32)
     convolve(TRANSPOSED, config, [read], packed, second, source.size, y, bias=bias)
     return y
 
@@ -41,9 +43,10 @@ def conv_transpose_bwd(
         dweight = weight.new_empty(weight.shape, dtype=torch.float32)
         # The kernel reads this operand at its own pixels: nothing may be placed elsewhere.
         on_load = selection.choice("conv_transpose_bwd", [source], weight.size(1)) == ON_LOAD
-        centre, _ = readable(source, on_load)
         if source.resampling_pending:
             centre = as_source(resample(source))
+        else:
+            centre, _ = readable(source, on_load)
         grid = dy[:, :, ::2, ::2]
         tapped = as_source(dy), Place(*dy.shape[2:])
         sum_weight_grad(TRANSPOSED_GRAD, tapped, centre, grid, dweight)

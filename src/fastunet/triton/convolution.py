@@ -336,6 +336,7 @@ def can_be_described(source: Source, place: Place, size: tuple[int, int]) -> boo
     assert source.y is not None
     return (
         source.scale is None
+        and source.pixel >= source.channels  # not expanded
         and source.pixel * source.y.element_size() % 16 == 0
         and source.y.data_ptr() % 16 == 0
         and min(place.top, place.left) >= 0

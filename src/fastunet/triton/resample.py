@@ -57,7 +57,7 @@ def position(d, size, MODE: tl.constexpr):
     if MODE == MODE_BILINEAR:
         return tl.minimum(tl.maximum(2 * d - 1, 0), 4 * (size - 1))
     elif MODE == MODE_CORNERS:
-        return d * (size - 1)
+        return tl.cast(d, tl.int64) * (size - 1)
     elif MODE == MODE_NEAREST:
         return d // 2
     else:
@@ -71,7 +71,8 @@ def first_reader(i, size, MODE: tl.constexpr):
         return 2 * i - 1
     elif MODE == MODE_CORNERS:
         # d * (size - 1) > (i - 1) * (2 * size - 1)
-        return tl.where(i == 0, 0, (i - 1) * (2 * size - 1) // tl.maximum(size - 1, 1) + 1)
+        before = tl.cast(i - 1, tl.int64) * (2 * size - 1)
+        return tl.where(i == 0, 0, (before // tl.maximum(size - 1, 1)).to(tl.int32) + 1)
     elif MODE == MODE_NEAREST:
         return 2 * i
     else:
@@ -82,7 +83,7 @@ def first_reader(i, size, MODE: tl.constexpr):
 def part(d, i, size, MODE: tl.constexpr):
     """The weight of pixel i of the smaller map in pixel d of the larger one."""
     steps = unit(size, MODE)
-    away = tl.abs(position(d, size, MODE) - i * steps)
+    away = tl.abs(position(d, size, MODE) - i * tl.cast(steps, tl.int64))
     return tl.maximum(steps - away, 0).to(tl.float32) / steps
 
 

@@ -5,8 +5,10 @@ against the definitions in float64. The verdict holds for a GPU model, the versi
 triton, and the text of the kernels; it is kept in a file, or comes with the package.
 """
 
+import contextlib
 import functools
 import itertools
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from fastunet import composed, reference
 from fastunet.activation import (
@@ -26,8 +29,10 @@ from fastunet.activation import (
     Activation,
 )
 from fastunet.composed import Norm, SourceGrads
+from fastunet.prepared import keeping
 
 from . import cache
+from .convolution import precision_of
 from .selection import MATERIALISED, ON_LOAD, forced
 
 # Verdicts that come with the package, as `make gpu STAGE=verify` finds them.
@@ -49,18 +54,35 @@ def distrusted(operator: str, x: Tensor) -> str:
     if x.device.type != "cuda":
         return "interpreted kernels are never chosen automatically"
     key = key_of(operator, x.dtype, x.device)
-    if key not in verdicts():
-        if torch.cuda.is_current_stream_capturing():
-            return "the kernels have not been checked on this GPU, and cannot be in a CUDA graph"
-        verdicts()[key] = check(operator, x.dtype, x.device)
-        cache.save("self_check", {key: verdicts()[key]})
-        if verdicts()[key]:
-            warnings.warn(f"FastUNet: {verdicts()[key]}", RuntimeWarning, stacklevel=2)
-    return verdicts()[key]
+    found = verdicts().get(key)
+    if found is not None:
+        if found:
+            warn_once(found)
+        return found
+    if isinstance(x, FakeTensor):  # nothing runs
+        return ""
+    if torch.cuda.is_current_stream_capturing():
+        return "the kernels have not been checked on this GPU, and cannot be in a CUDA graph"
+    with checking:
+        if key not in verdicts():
+            why, lasting = check(operator, x.dtype, x.device)
+            verdicts()[key] = why
+            if lasting:
+                cache.save("self_check", {key: why})
+    return distrusted(operator, x)
+
+
+checking = threading.Lock()
+
+
+@functools.cache
+def warn_once(why: str) -> None:
+    warnings.warn(f"FastUNet: {why}", RuntimeWarning, stacklevel=2)
 
 
 def key_of(operator: str, dtype: torch.dtype, device: torch.device) -> str:
-    return f"{operator} {dtype} {cache.fingerprint(device)}"
+    products = f" {precision_of(dtype)}" if dtype == torch.float32 else ""
+    return f"{operator} {dtype}{products} {cache.fingerprint(device)}"
 
 
 @functools.cache
@@ -69,8 +91,21 @@ def verdicts() -> dict[str, str]:
     return cache.read(COMMITTED) | cache.read(cache.file("self_check"))
 
 
-def check(operator: str, dtype: torch.dtype, device: torch.device) -> str:
-    """Empty, or what the operator's kernels get wrong on the device."""
+def check(operator: str, dtype: torch.dtype, device: torch.device) -> tuple[str, bool]:
+    """Empty, or what the operator's kernels get wrong on the device; and whether that will be so
+    again: not where something failed, which need not be the kernels' fault."""
+    with contextlib.ExitStack() as stack:
+        # Whatever the caller's mode is.
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        stack.enter_context(keeping(None))
+        if device.type == "cuda":
+            stack.enter_context(torch.cuda.device(device))
+        return compare(operator, dtype, device)
+
+
+def compare(operator: str, dtype: torch.dtype, device: torch.device) -> tuple[str, bool]:
     from fastunet import triton as kernels
 
     ways = (ON_LOAD, MATERIALISED) if operator.startswith("conv") else (ON_LOAD,)
@@ -78,16 +113,20 @@ def check(operator: str, dtype: torch.dtype, device: torch.device) -> str:
         try:
             with forced(way):
                 got, want = run(kernels, dtype), run(reference, torch.float64)
-        except Exception as error:  # a compiler's or a driver's: whatever it is, not these kernels
-            return f"the Triton kernels of {operator} in {dtype} fail here ({name}): {error!r}"
+        except Exception as error:  # a compiler's or a driver's, or no memory
+            return (
+                f"the Triton kernels of {operator} in {dtype} fail here ({name}): {error!r}",
+                False,
+            )
         for result, exact in want.items():
             distance = (got[result].double() - exact).norm() / exact.norm()
             if not distance <= TOLERANCE[dtype]:
-                return (
+                why = (
                     f"the Triton kernels of {operator} in {dtype} are wrong here: {result} "
                     f"({name}) is {distance:.2g} from float64, allowed is {TOLERANCE[dtype]:.2g}"
                 )
-    return ""
+                return why, True
+    return "", True
 
 
 class Draw:
@@ -98,12 +137,17 @@ class Draw:
         self.generator = torch.Generator().manual_seed(0)
 
     def tensor(self, *shape: int, scale: float = 1.0) -> Tensor:
-        t = torch.randn(*shape, generator=self.generator) * scale
+        t = torch.randn(*shape, generator=self.generator, device="cpu") * scale
         t = t.bfloat16().float().to(self.device)
         return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
 
     def source(
-        self, channels: int, size: tuple[int, int], mode: int = NONE, affine: bool = True
+        self,
+        channels: int,
+        size: tuple[int, int],
+        mode: int = NONE,
+        affine: bool = True,
+        rows: int = 1,
     ) -> Activation:
         h, w = size
         grown = {NONE: size, MAX_POOL: (h // 2, w // 2)}.get(mode, (2 * h, 2 * w))
@@ -111,7 +155,7 @@ class Draw:
         source = Activation(y, None, None, None, 1.0, mode, grown, torch.channels_last)
         if not affine:
             return source
-        center, scale, shift = (self.tensor(1, channels) for _ in range(3))
+        center, scale, shift = (self.tensor(rows, channels) for _ in range(3))
         return source._replace(center=center, scale=scale, shift=shift, slope=0.01)
 
 
@@ -142,6 +186,9 @@ def conv_norm_act_cases(device: torch.device) -> Iterator[tuple[str, Run]]:
         "pair": (64, [draw.source(64, (6, 80)), draw.source(40, (3, 40), BILINEAR)]),
         "plain pair": (128, [draw.source(c, (3, 130), affine=False) for c in (72, 128)]),
         "pooled": (48, [draw.source(24, (14, 22), MAX_POOL)]),
+        "many tiles": (8, [draw.source(3, (160, 400), affine=False)]),
+        "group": (64, [draw.source(64, (9, 20), rows=2)]),
+        "instance": (24, [draw.source(24, (9, 20), rows=2)]),
     }
     for name, (outputs, inputs) in sources.items():
         channels = sum(s.y.size(1) for s in inputs)
@@ -156,14 +203,19 @@ def conv_norm_act_cases(device: torch.device) -> Iterator[tuple[str, Run]]:
             weight: Tensor = weight,
             vectors: list[Tensor] = vectors,
             dy: Tensor = dy,
+            name: str = name,
+            outputs: int = outputs,
         ) -> Results:
             wide = torch.float64 if dtype == torch.float64 else torch.float32
             gamma, beta, dscale, dshift = (v.to(wide) for v in vectors)
-            norm = Norm("batch", gamma, beta, None, None, 0, 1e-5)
+            groups = {"group": 8, "instance": outputs}.get(name, 0)
+            kind = "group" if groups else "batch"
+            norm = Norm(kind, gamma, beta, None, None, groups, 1e-5)
             read = [of_dtype(s, dtype) for s in inputs]
             made = composed.conv_norm_act(kernels, read, weight.to(wide), None, norm)
             y, center, scale, _, var = made
-            grads = SourceGrads(dy.to(dtype), dscale[None], dshift[None])
+            rows = center.size(0)
+            grads = SourceGrads(dy.to(dtype), dscale.repeat(rows, 1), dshift.repeat(rows, 1))
             needs = [True] * (1 + len(read))
             dweight, _, dgamma, dbeta, of_sources = composed.conv_norm_act_bwd(
                 kernels, grads, read, needs, weight.to(wide), None, norm, y, center, scale, var
@@ -171,7 +223,9 @@ def conv_norm_act_cases(device: torch.device) -> Iterator[tuple[str, Run]]:
             found = named(made=made, dweight=dweight, dgamma=dgamma, dbeta=dbeta)
             for i, grads_of_source in enumerate(of_sources):
                 found |= named(**{f"grads of source {i}": tuple(grads_of_source)})
-            return found
+            frozen = Norm("frozen", gamma, beta, dscale, dshift.square() + 0.5, 0, 1e-5)
+            z = composed.conv_norm_act_folded(kernels, read, weight.to(wide), None, frozen, 0.01)
+            return found | named(folded=z)
 
         yield name, run
 
@@ -238,8 +292,10 @@ def head_cases(device: torch.device) -> Iterator[tuple[str, Run]]:
         ) -> Results:
             wide = torch.float64 if dtype == torch.float64 else torch.float32
             read, w = of_dtype(source, dtype), weight.to(wide)
-            logits = torch.empty_like(dlogits, dtype=dtype)
-            kernels.head(read, w, bias.to(wide), logits)
+            formats = (torch.channels_last, torch.contiguous_format)
+            logits = tuple(torch.empty_like(dlogits, dtype=dtype, memory_format=f) for f in formats)
+            for out in logits:
+                kernels.head(read, w, bias.to(wide), out)
             grads = kernels.head_bwd(read, w, dlogits.to(dtype), True)
             return named(logits=logits, grads=tuple(grads))
 

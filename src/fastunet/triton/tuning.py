@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastunet import backends
 from fastunet.ops.source import COUNT, unflatten
 
 from .selection import CANDIDATES, Layer, forced, keep
@@ -54,7 +55,7 @@ class Stopwatch(TorchDispatchMode):
 
 def layer_of(name: str, args: tuple) -> Layer | None:
     """The class of an operator's call, where there is a choice."""
-    kind = name.removeprefix("fastunet::")
+    kind = name.removeprefix("fastunet::").removesuffix("_folded")
     if kind.removesuffix("_bwd") not in KINDS or not name.startswith("fastunet::"):
         return None
     args = args[{"conv_norm_act_bwd": 3, "conv_transpose_bwd": 1}.get(kind, 0) :]
@@ -63,6 +64,23 @@ def layer_of(name: str, args: tuple) -> Layer | None:
     first, second, size = args[:COUNT], args[COUNT : 2 * COUNT], args[2 * COUNT]
     sources = [unflatten(s, size) for s in (first, second) if s[0] is not None]
     return Layer.of(kind, sources, args[2 * COUNT + 1].size(0))
+
+
+def check_serving(model: nn.Module, example: Tensor) -> None:
+    device = example.device.type
+    dtype = next(model.parameters()).dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    x = example.new_empty(1, dtype=dtype)
+    backend = backends.requested()
+    why = f"the backend is {backend!r}"
+    if backend == "triton":
+        why = backends.module("triton").why_not(x)
+    elif backend == backends.AUTO:
+        whys = (backends.why_not("triton", kind, x) for kind in KINDS)
+        why = next(filter(None, whys), "")
+    if why:
+        raise RuntimeError(f"tune: the Triton kernels do not serve this model: {why}")
 
 
 def tune(model: nn.Module, example: Tensor, rounds: int = 7) -> dict[str, str]:
@@ -79,7 +97,11 @@ def tune(model: nn.Module, example: Tensor, rounds: int = 7) -> dict[str, str]:
 
     Returns:
         The choices, by class of layer.
+
+    Raises:
+        RuntimeError: where these kernels do not serve, with the reason.
     """
+    check_serving(model, example)
     model = copy.deepcopy(model)
     taken: dict[Layer, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for turn in range(rounds + 1):
