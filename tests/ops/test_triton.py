@@ -28,7 +28,13 @@ from checks import (
 from oracle import MODE_NAMES, MODES, ConvTranspose, Head, Resample, Source, random
 from test_conv_norm_act import ALL, NORMS, RATIO, channels_last, conv, grouped
 
-from fastunet.activation import BILINEAR, BILINEAR_ALIGN_CORNERS, MAX_POOL, NEAREST
+from fastunet.activation import (
+    BILINEAR,
+    BILINEAR_ALIGN_CORNERS,
+    MAX_POOL,
+    NEAREST,
+    Activation,
+)
 from fastunet.ops import materialize
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -264,6 +270,16 @@ def test_special_values(mode, special):
 @pytest.mark.parametrize("position", range(4))
 def test_pool_of_nan(position):
     test_resample.test_pool_of_nan(None, position)
+
+
+@one_way
+def test_pool_of_equals():
+    """The first one wins, as in PyTorch."""
+    y = torch.zeros(1, 5, 4, 4, device=DEVICE, requires_grad=True)
+    materialize(Activation.of(y).pool()).sum().backward()
+    want = torch.zeros(4, 4, device=DEVICE)
+    want[::2, ::2] = 1
+    assert torch.equal(y.grad[0], want.expand(5, 4, 4))
 
 
 @one_way
