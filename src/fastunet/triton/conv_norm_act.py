@@ -179,16 +179,6 @@ def source_grad(
         return resample_bwd(source, out) if source.resampling_pending else (out, None, None)
     tiles = y.size(0) * convolution.tiles(config, (h, w))
     dscale, dshift = (y.new_empty((tiles, y.size(1)), dtype=torch.float32) for _ in range(2))
-    target = source_of(source)
-    convolve(
-        kernel,
-        config,
-        inputs,
-        packed,
-        second,
-        (h, w),
-        out,
-        target=target,
-        sums=Sums(dscale, dshift),
-    )
+    target, sums = source_of(source), Sums(dscale, dshift)
+    convolve(kernel, config, inputs, packed, second, (h, w), out, target=target, sums=sums)
     return out, *add_tiles(scale, dscale, dshift)

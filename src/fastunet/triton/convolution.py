@@ -242,31 +242,17 @@ def convolution_kernel(
                 *(n, h0 - top1, w0 - left1, o0, phase, SIZE, TW, BN, BK, PRECISION),
             )
     else:
+        read_at = n, h0, w0, dh, dw, o, outputs, H * STRIDE, W * STRIDE, phase
         acc = accumulate(
-            *(acc, source0, height0, width0, top0, left0, weight, K, n, h0, w0, dh, dw, o, outputs),
-            *(H * STRIDE, W * STRIDE, phase, SIZE, STRIDE, BK, PRECISION),
+            *(acc, source0, height0, width0, top0, left0, weight, K),
+            *read_at,
+            *(SIZE, STRIDE, BK, PRECISION),
         )
         if source1.y is not None:
-            weight += second
             acc = accumulate(
-                *(
-                    acc,
-                    source1,
-                    height1,
-                    width1,
-                    top1,
-                    left1,
-                    weight,
-                    K,
-                    n,
-                    h0,
-                    w0,
-                    dh,
-                    dw,
-                    o,
-                    outputs,
-                ),
-                *(H * STRIDE, W * STRIDE, phase, SIZE, STRIDE, BK, PRECISION),
+                *(acc, source1, height1, width1, top1, left1, weight + second, K),
+                *read_at,
+                *(SIZE, STRIDE, BK, PRECISION),
             )
     base = pixel_of(n, h * UP + phase // UP, w * UP + phase % UP, H * UP, W * UP)
     offset = dh * (UP * UP * W) + dw * UP

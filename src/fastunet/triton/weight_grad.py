@@ -51,10 +51,8 @@ def weight_grad_kernel(
     TAPS: tl.constexpr = SIZE * SIZE
     rows, columns = tl.cdiv(tapped.channels, BT), tl.cdiv(centre.channels, BC)
     # Programs of one split follow each other: they read the same pixels.
-    block, split = (
-        tl.program_id(0) % (TAPS * rows * columns),
-        tl.program_id(0) // (TAPS * rows * columns),
-    )
+    blocks = TAPS * rows * columns
+    block, split = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     tap = block % TAPS
     t = block // TAPS % rows * BT + tl.arange(0, BT)
     c = block // TAPS // rows * BC + tl.arange(0, BC)
