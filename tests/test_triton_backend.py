@@ -117,6 +117,16 @@ def test_sensible_choices(own_cache, sources, outputs, way):
     assert selection.choice("conv_norm_act", sources, outputs) == way
 
 
+def test_exact_products_are_cudnns(own_cache):
+    cudnn = torch.backends.cudnn.conv
+    before, cudnn.fp32_precision = cudnn.fp32_precision, "ieee"
+    try:
+        assert selection.choice("conv_norm_act", [source(64, dtype=torch.float32)], 64) == CUDNN
+        assert selection.choice("conv_norm_act", [source(64)], 64) == ON_LOAD
+    finally:
+        cudnn.fp32_precision = before
+
+
 def test_measured_choice_comes_first(own_cache):
     """Also in another process, for the same class of sizes only."""
     layer = Layer.of("conv_norm_act", [source(64)], 64)

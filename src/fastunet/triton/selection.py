@@ -16,6 +16,7 @@ from torch import Tensor
 from fastunet.activation import NONE, Activation
 
 from . import cache
+from .convolution import precision_of
 
 ON_LOAD, MATERIALISED, CUDNN = CANDIDATES = ("on load", "materialised", "cudnn")
 
@@ -31,11 +32,13 @@ MOST_UNALIGNED = 16
 class Layer(NamedTuple):
     """A class of layers that share a choice: sizes count by powers of two.
 
-    kind: conv_norm_act or conv_transpose, with _bwd for the way back.
+    kind: conv_norm_act or conv_transpose, with _bwd for the way back. products: how those of fp32
+    are formed, tf32 or ieee.
     """
 
     kind: str
-    dtype: str
+    dtype: torch.dtype
+    products: str
     channels: tuple[int, ...]
     outputs: int
     pending: tuple[bool, ...]
@@ -46,7 +49,8 @@ class Layer(NamedTuple):
         y, (h, w) = sources[0].y, sources[0].size
         return Layer(
             kind,
-            str(y.dtype).removeprefix("torch."),
+            y.dtype,
+            precision_of(y.dtype),
             tuple(s.y.size(1) for s in sources),
             outputs,
             tuple(s.scale is not None and s.mode == NONE for s in sources),
@@ -78,16 +82,18 @@ def choice(kind: str, sources: Sequence[Activation], outputs: int) -> str:
     tuned = measured()
     if tuned and (found := tuned.get(layer.key(y.device))):
         return found
-    return sensible(layer, y.dtype)
+    return sensible(layer)
 
 
 @functools.cache
-def sensible(layer: Layer, dtype: torch.dtype) -> str:
+def sensible(layer: Layer) -> str:
     """By the counts of bytes and instructions alone."""
+    if layer.products == "ieee":  # no tensor cores, and nothing to win beside a library
+        return CUDNN
     unaligned = any(c % 8 and c > MOST_UNALIGNED for c in (*layer.channels, layer.outputs))
     if unaligned or max(*layer.channels, layer.outputs) >= LEAST_CUDNN:
         return CUDNN
-    return ON_LOAD if max(layer.channels) <= MOST_ON_LOAD[dtype] else MATERIALISED
+    return ON_LOAD if max(layer.channels) <= MOST_ON_LOAD[layer.dtype] else MATERIALISED
 
 
 @functools.cache
