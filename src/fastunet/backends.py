@@ -64,6 +64,17 @@ def why_not(name: str, operator: str, x: Tensor) -> str:
     return why
 
 
+def choose(operator: str, x: Tensor) -> tuple[str, dict[str, str]]:
+    """The backend that is chosen automatically, and why not those before it."""
+    refused: dict[str, str] = {}
+    for name in BACKENDS:
+        why = why_not(name, operator, x)
+        if not why:
+            return name, refused
+        refused[name] = why
+    raise RuntimeError(f"no backend can serve this: {refused}")
+
+
 def select(name: str, operator: str, x: Tensor) -> ModuleType:
     """The backend for an operator on ``x``.
 
@@ -75,4 +86,4 @@ def select(name: str, operator: str, x: Tensor) -> ModuleType:
         if why := chosen.why_not(x):
             raise RuntimeError(f"backend {name!r} cannot serve this: {why}")
         return chosen
-    return module(next(b for b in BACKENDS if not why_not(b, operator, x)))
+    return module(choose(operator, x)[0])

@@ -40,12 +40,7 @@ def report() -> dict[str, Any]:
 def serving(device: str, dtype: torch.dtype, operator: str) -> dict[str, Any]:
     """The backend that `auto` takes for an operator, and why not those before it."""
     x = torch.empty(1, 1, 1, 1, device=device, dtype=dtype)
-    why_not = {}
-    for name in backends.BACKENDS:
-        why = backends.why_not(name, operator, x)
-        if not why:
-            break
-        why_not[name] = why
+    name, why_not = backends.choose(operator, x)
     return {
         "device": device,
         "dtype": str(dtype).removeprefix("torch."),

@@ -40,7 +40,7 @@ from fastunet.ops import materialize
 pytest.importorskip("triton", reason="triton is not installed")
 
 from fastunet import triton as kernels
-from fastunet.triton.statistics import Parts, statistics
+from fastunet.triton.statistics import Parts, finish
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -316,7 +316,7 @@ def test_merging_of_statistics(tiles):
             for f in (lambda v: v.mean(0).nan_to_num(), lambda v: (v - v.mean(0)).square().sum(0))
         ),
     )
-    center, _, _, var = statistics(parts, 2, 5, None, None, None, 0.0)
+    center, _, _, var = finish(parts, 2, 5, None, None, None, 0.0)
     want = torch.stack([v.double().mean(0) for v in values])
     variance = torch.stack([v.double().var(0, unbiased=False) for v in values])
     torch.testing.assert_close(center.double().cpu(), want, rtol=1e-6, atol=0)

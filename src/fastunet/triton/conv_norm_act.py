@@ -1,7 +1,7 @@
 """conv_norm_act by the Triton kernels."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,26 +12,25 @@ from fastunet.maps import empty_map
 from fastunet.prepared import prepared
 
 from . import convolution, selection, weight_grad
-from .convolution import CONV3X3, NO_SOURCE, Kernel, Place, Sums, can_be_described, convolve
-from .language import Source
+from .convolution import CONV3X3, NO_SOURCE, Kernel, Place, Read, Sums, convolve
+from .language import Source, as_source, source_of
 from .normalization import normalization_bwd
-from .resample import add_tiles, as_source, place_of, resample, resample_bwd, source_of
+from .resample import add_tiles, place_of, resample, resample_bwd
 from .selection import ON_LOAD
-from .statistics import Parts, empty_parts, statistics
-from .weight import pack
+from .statistics import Parts, empty_parts, finish
 
 
 def conv_norm_act(
     sources: Sequence[Activation], weight: Tensor, bias: Tensor | None, norm: Norm
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y, center, scale, shift, var."""
-    if norm.kind not in ("batch", "group"):
-        y = convolution_of(sources, weight)
+    fixed = norm.kind not in ("batch", "group")
+    y, parts = convolution_of(sources, weight, statistics=not fixed)
+    if fixed:
         return y, *fixed_vectors(norm, bias, y)
-    rows, groups = (sources[0].y.size(0), norm.groups) if norm.kind == "group" else (1, 0)
-    y, parts = convolution_and_parts(sources, weight)
+    rows, groups = (y.size(0), norm.groups) if norm.kind == "group" else (1, 0)
     bias, gamma, beta = (as_dtype(v, torch.float32) for v in (bias, norm.gamma, norm.beta))
-    return y, *statistics(parts, rows, groups, bias, gamma, beta, norm.eps)
+    return y, *finish(parts, rows, groups, bias, gamma, beta, norm.eps)
 
 
 def conv_norm_act_folded(
@@ -45,41 +44,25 @@ def conv_norm_act_folded(
     like = sources[0].y.new_empty((1, outputs, 1, 1))
     center, scale, shift, _ = prepared(key, lambda: fixed_vectors(norm, bias, like))
     folded = Source(None, 0, outputs, center, scale, shift, 0, slope)
-    return convolution_of(sources, weight, folded=folded)
+    return convolution_of(sources, weight, folded=folded)[0]
 
 
 def convolution_of(
-    sources: Sequence[Activation], weight: Tensor, folded: Source = NO_SOURCE
-) -> Tensor:
-    y, _, run = prepare(sources, weight)
-    run(folded=folded)
-    return y
-
-
-def convolution_and_parts(sources: Sequence[Activation], weight: Tensor) -> tuple[Tensor, Parts]:
-    """y, and what its statistics are made of."""
-    y, config, run = prepare(sources, weight)
-    tiles = y.size(0) * convolution.tiles(config, sources[0].size)
-    parts = empty_parts(y, tiles, y.size(1))
-    run(parts=parts)
-    return y, parts
-
-
-def prepare(
-    sources: Sequence[Activation], weight: Tensor
-) -> tuple[Tensor, convolution.Config, Callable[..., None]]:
-    """The map to write, how, and what writes it."""
+    sources: Sequence[Activation],
+    weight: Tensor,
+    statistics: bool = False,
+    folded: Source = NO_SOURCE,
+) -> tuple[Tensor, Parts]:
+    """y, and what its statistics are made of, where they are wanted."""
     size = sources[0].size
     y = empty_map(sources[0].y, weight.size(0), size)
     on_load = selection.choice("conv_norm_act", sources, weight.size(0)) == ON_LOAD
     read = [readable(s, on_load) for s in sources]
-    config = convolution.configuration(
-        *(CONV3X3, y.dtype, size, y.size(1)),
-        device=y.device,
-        described=all(can_be_described(*s, size) for s in read),
-    )
-    packed, second = pack(weight, 0, [s.y.size(1) for s in sources], y.dtype, config)
-    return y, config, functools.partial(convolve, CONV3X3, config, read, packed, second, size, y)
+    config = convolution.configuration(CONV3X3, read, size, y.size(1))
+    tiles = y.size(0) * convolution.tiles(config, size)
+    parts = empty_parts(y, tiles, y.size(1)) if statistics else Parts()
+    convolve(CONV3X3, config, read, weight, 0, size, y, folded=folded, parts=parts)
+    return y, parts
 
 
 def conv_norm_act_bwd(
@@ -131,7 +114,7 @@ def conv_norm_act_bwd(
     return dweight, dgamma, dbeta, of_sources
 
 
-def readable(source: Activation, on_load: bool) -> tuple[Source, Place]:
+def readable(source: Activation, on_load: bool) -> Read:
     """The source as the convolution reads it: as it is, or with its pending work done."""
     if source.mode == NONE and (on_load or source.scale is None):
         height, width = source.y.shape[2:]
@@ -140,7 +123,7 @@ def readable(source: Activation, on_load: bool) -> tuple[Source, Place]:
 
 
 def sum_weight_grad(
-    kernel: Kernel, tapped: tuple[Source, Place], centre: Source, grid: Tensor, out: Tensor
+    kernel: Kernel, tapped: Read, centre: Source, grid: Tensor, out: Tensor
 ) -> None:
     """Writes out, [channels of centre, channels tapped, taps...]; grid: a map of centre's size."""
     n, _, h, w = grid.shape
@@ -165,20 +148,16 @@ def source_grad(
     out = empty_map(y, y.size(1), (h, w))
     if out.numel() == 0:
         return resample_bwd(source, out)
-    inputs = [(as_source(dy), Place(*dy.shape[2:]))]
+    read = [(as_source(dy), Place(*dy.shape[2:]))]
     scale = None if source.resampling_pending else source.scale
-    config = convolution.configuration(
-        *(kernel, y.dtype, (h, w), y.size(1)),
-        device=y.device,
-        described=can_be_described(*inputs[0], (h, w)),
-        grad=scale is not None,
+    config = convolution.configuration(kernel, read, (h, w), y.size(1), scale is not None)
+    write = functools.partial(
+        convolve, kernel, config, read, weight, dimension, (h, w), out, flip=flip
     )
-    packed, second = pack(weight, dimension, [dy.size(1)], y.dtype, config, flip)
     if scale is None:
-        convolve(kernel, config, inputs, packed, second, (h, w), out)
+        write()
         return resample_bwd(source, out) if source.resampling_pending else (out, None, None)
     tiles = y.size(0) * convolution.tiles(config, (h, w))
     dscale, dshift = (y.new_empty((tiles, y.size(1)), dtype=torch.float32) for _ in range(2))
-    target, sums = source_of(source), Sums(dscale, dshift)
-    convolve(kernel, config, inputs, packed, second, (h, w), out, target=target, sums=sums)
+    write(target=source_of(source), sums=Sums(dscale, dshift))
     return out, *add_tiles(scale, dscale, dshift)

@@ -11,25 +11,20 @@ from fastunet.maps import empty_map
 
 from . import convolution, selection
 from .conv_norm_act import readable, source_grad, sum_weight_grad
-from .convolution import TRANSPOSED, TRANSPOSED_GRAD, Place, can_be_described, convolve
-from .resample import as_source, resample
+from .convolution import TRANSPOSED, TRANSPOSED_GRAD, Place, convolve
+from .language import as_source
+from .resample import resample
 from .selection import ON_LOAD
-from .weight import pack
 
 
 def conv_transpose(source: Activation, weight: Tensor, bias: Tensor | None) -> Tensor:
     height, width = source.size
     y = empty_map(source.y, weight.size(1), (2 * height, 2 * width))
     on_load = selection.choice("conv_transpose", [source], weight.size(1)) == ON_LOAD
-    read = readable(source, on_load)
-    config = convolution.configuration(
-        *(TRANSPOSED, y.dtype, source.size, y.size(1)),
-        device=source.y.device,
-        described=can_be_described(*read, source.size),
-    )
-    packed, second = pack(weight, 1, [source.y.size(1)], y.dtype, config)
+    read = [readable(source, on_load)]
+    config = convolution.configuration(TRANSPOSED, read, source.size, y.size(1))
     bias = as_dtype(bias, torch.float32)
-    convolve(TRANSPOSED, config, [read], packed, second, source.size, y, bias=bias)
+    convolve(TRANSPOSED, config, read, weight, 1, source.size, y, bias=bias)
     return y
 
 

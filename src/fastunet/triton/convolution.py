@@ -17,17 +17,18 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .language import (
     Source,
-    activate,
-    activate_bwd,
     aligned,
+    block_of,
+    pending,
+    pending_bwd,
     pixel_of,
     read,
     read_raw,
-    row_of,
     tile_of,
     write,
 )
 from .statistics import Parts, tile_statistics
+from .weight import pack
 
 NO_SOURCE, NO_PARTS = Source(None), Parts()
 
@@ -58,6 +59,10 @@ class Place(NamedTuple):
     width: int
     top: int = 0
     left: int = 0
+
+
+# A source as it is read, and where.
+Read = tuple[Source, Place]
 
 
 class Sums(NamedTuple):
@@ -166,14 +171,12 @@ def accumulate_described(
 @triton.jit
 def source_grad(dz, target, n, base, offset, inside, tile, o, sums):
     """dy of the source that dz is the gradient of, and this tile's part of dscale and dshift."""
-    center, scale, shift = row_of(target, n, o)
-    deviation = read_raw(target, base, offset, inside, o).to(tl.float32) - center
-    g = activate_bwd(dz, scale * deviation + shift, target.slope)
-    g = tl.where(inside[:, None], g, 0.0)
+    y = read_raw(target, base, offset, inside, o).to(tl.float32)
+    dy, of_scale, of_shift = pending_bwd(target, n, y, inside, o, dz)
     at = tile * target.channels + o
-    tl.store(sums.dscale + at, tl.sum(g * deviation, 0), mask=o < target.channels)
-    tl.store(sums.dshift + at, tl.sum(g, 0), mask=o < target.channels)
-    return scale * g
+    tl.store(sums.dscale + at, tl.sum(of_scale, 0), mask=o < target.channels)
+    tl.store(sums.dshift + at, tl.sum(of_shift, 0), mask=o < target.channels)
+    return dy
 
 
 @triton.jit(
@@ -204,9 +207,7 @@ def convolution_kernel(
     target,
     parts,
     sums,
-    out,
-    outputs,
-    outputs_aligned,
+    out,  # as a source
     H,  # the grid of pixels; the output is UP times larger
     W,
     SIZE: tl.constexpr,
@@ -220,18 +221,16 @@ def convolution_kernel(
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # Programs that read the same pixels follow each other.
-    blocks = tl.cdiv(outputs, BN)
-    o = tl.program_id(0) % blocks * BN + tl.arange(0, BN)
-    phase = tl.program_id(0) // blocks % (UP * UP)
-    tile = tl.program_id(0) // (blocks * UP * UP)
+    outputs = out.channels
+    o, tile = block_of(outputs, BN)
+    phase, tile = tile % (UP * UP), tile // (UP * UP)
     n, h, w, dh, dw, inside = tile_of(tile, H, W, TH, TW)
     h0, w0 = h * STRIDE - PADDING, w * STRIDE - PADDING
 
     acc = tl.zeros((TH * TW, BN), tl.float32)
     if described0 is not None:
         tl.static_assert(TH == 1 and STRIDE == 1)
-        o0 = tl.program_id(0) % blocks * BN
+        o0 = tl.program_id(0) % tl.cdiv(outputs, BN) * BN
         acc = accumulate_described(
             *(acc, described0, source0.channels, described_weight, 0),
             *(n, h0 - top0, w0 - left0, o0, phase, SIZE, TW, BN, BK, PRECISION),
@@ -258,18 +257,16 @@ def convolution_kernel(
     offset = dh * (UP * UP * W) + dw * UP
     if bias is not None:
         acc += tl.load(bias + o, mask=o < outputs, other=0.0)[None, :]
-    if folded.scale is not None:
-        center, scale, shift = row_of(folded, n, o)
-        acc = activate(scale * (acc - center) + shift, folded.slope)
+    acc = pending(folded, n, acc, o)
     if target.y is not None:
         acc = source_grad(acc, target, n, base, offset, inside, tile, o, sums)
-    y = acc.to(out.dtype.element_ty)
     if CHANNELS_LAST:
-        write(out, outputs, outputs_aligned, base, offset, inside, o, y)
+        write(out, base, offset, inside, o, acc)
     else:
         pixels = tl.cast(H, tl.int64) * W * (UP * UP)
         at = (base + n * (outputs - 1) * pixels + offset)[:, None] + o[None, :] * pixels
-        tl.store(out + at, y, mask=inside[:, None] & (o < outputs)[None, :])
+        y = acc.to(out.y.dtype.element_ty)
+        tl.store(out.y + at, y, mask=inside[:, None] & (o < outputs)[None, :])
     if parts.pixels is not None:
         tile_statistics(acc, inside, tile, o, outputs, parts)
 
@@ -282,23 +279,17 @@ def precision_of(dtype: torch.dtype) -> str:
 
 
 def configuration(
-    kernel: Kernel,
-    dtype: torch.dtype,
-    size: tuple[int, int],
-    outputs: int,
-    *,
-    device: torch.device,
-    described: bool = False,
-    grad: bool = False,
+    kernel: Kernel, sources: Sequence[Read], size: tuple[int, int], outputs: int, grad: bool = False
 ) -> Config:
     """Without having measured: tiles of 128 pixels and up to 128 outputs.
 
-    described: every source can be. grad: of a source with an affine, whose epilogue holds more
-    values.
+    grad: of a source with an affine, whose epilogue holds more values.
     """
-    width = size[1]
-    hopper = capability(device) >= (9, 0)
-    described = described and hopper and kernel.stride == 1 and width >= 48 and outputs > 32
+    y, width = sources[0][0].y, size[1]
+    assert y is not None
+    dtype, hopper = y.dtype, capability(y.device) >= (9, 0)
+    described = hopper and kernel.stride == 1 and width >= 48 and outputs > 32
+    described = described and all(can_be_described(*s, size) for s in sources)
     BK = 64 if dtype != torch.float32 else 32
     # More outputs, or fewer warps, and the sums would not fit the registers.
     most = 64 if outputs % 8 or (grad and (not described or dtype == torch.float32)) else 128
@@ -347,12 +338,13 @@ def tiles(config: Config, size: tuple[int, int]) -> int:
 def convolve(
     kernel: Kernel,
     config: Config,
-    sources: Sequence[tuple[Source, Place]],
+    sources: Sequence[Read],
     weight: Tensor,
-    second: int,
+    dimension: int,
     size: tuple[int, int],
     out: Tensor,
     *,
+    flip: bool = False,
     bias: Tensor | None = None,
     folded: Source = NO_SOURCE,
     target: Source = NO_SOURCE,
@@ -361,12 +353,14 @@ def convolve(
 ) -> None:
     """Writes out, [N, outputs, H * up, W * up], over a grid of H x W pixels.
 
-    weight: [taps, outputs, K] from ``pack``, the second source's channels from ``second`` on.
+    weight, dimension, flip: as ``pack`` takes them.
     folded: what is done to the sums. target: the source whose gradient this is, written to out.
     """
-    n, outputs = out.size(0), weight.size(1)
+    n, outputs = out.size(0), weight.size(dimension)
     if out.numel() == 0:
         return
+    channels = [source.channels for source, _ in sources]
+    weight, second = pack(weight, dimension, channels, out.dtype, config.BK, flip)
     (source0, place0), (source1, place1) = [*sources, (NO_SOURCE, Place(0, 0))][:2]
     described: list[TensorDescriptor | None] = [None, None, None]
     if config.described:
@@ -389,9 +383,7 @@ def convolve(
         target,
         parts,
         sums,
-        out,
-        outputs,
-        aligned(outputs),
+        Source(out, outputs, outputs, aligned=aligned(outputs)),
         *size,
         SIZE=kernel.size,
         PADDING=kernel.padding,

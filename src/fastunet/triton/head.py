@@ -7,10 +7,9 @@ from fastunet.activation import Activation
 
 from . import convolution
 from .conv_norm_act import readable, source_grad, sum_weight_grad
-from .convolution import POINTWISE, can_be_described, convolve
-from .resample import as_source
+from .convolution import POINTWISE, convolve
+from .language import as_source
 from .selection import MOST_ON_LOAD
-from .weight import pack
 
 
 def on_load(source: Activation) -> bool:
@@ -19,14 +18,9 @@ def on_load(source: Activation) -> bool:
 
 def head(source: Activation, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """Writes the logits, [N, K, H, W], in either memory format; weight: [K, C]."""
-    read = readable(source, on_load(source))
-    config = convolution.configuration(
-        *(POINTWISE, out.dtype, source.size, out.size(1)),
-        device=source.y.device,
-        described=can_be_described(*read, source.size),
-    )
-    packed, second = pack(weight[:, :, None], 0, [source.y.size(1)], out.dtype, config)
-    convolve(POINTWISE, config, [read], packed, second, source.size, out, bias=bias)
+    read = [readable(source, on_load(source))]
+    config = convolution.configuration(POINTWISE, read, source.size, out.size(1))
+    convolve(POINTWISE, config, read, weight[:, :, None], 0, source.size, out, bias=bias)
 
 
 def head_bwd(

@@ -7,9 +7,13 @@ nothing recompiles for another batch or image.
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from fastunet.activation import Activation
+from fastunet.maps import channel_adjacent
 
 
 class Source(NamedTuple):
@@ -34,6 +38,51 @@ class Source(NamedTuple):
 
 def aligned(*sizes: int) -> int | None:
     return None if any(size % 8 for size in sizes) else 1
+
+
+def dense_map(x: Tensor) -> Tensor:
+    """x, or a copy, with adjacent channels and pixels that are evenly spaced throughout."""
+    x = channel_adjacent(x)
+    n, _, h, w = x.shape
+    strides = x.stride(0), x.stride(2), x.stride(3)
+    pixel = pixel_stride(x)
+    dense = h * w * pixel, w * pixel, pixel
+    for size, stride, expected in zip((n, h, w), strides, dense, strict=True):
+        if size > 1 and stride != expected:
+            return x.contiguous(memory_format=torch.channels_last)
+    return x
+
+
+def pixel_stride(x: Tensor) -> int:
+    """Elements between pixels of a dense map; strides of a single index mean nothing."""
+    n, c, h, w = x.shape
+    if w > 1:
+        return x.stride(3)
+    if h > 1:
+        return x.stride(2)
+    return x.stride(0) // (h * w) if n > 1 else c
+
+
+def source_of(activation: Activation) -> Source:
+    y, center, scale, shift, slope = activation[:5]
+    if scale is None:
+        return as_source(y)
+    assert center is not None
+    assert shift is not None
+    return as_source(y)._replace(
+        center=center.contiguous(),
+        scale=scale.contiguous(),
+        shift=shift.contiguous(),
+        row=0 if scale.size(0) == 1 else scale.size(1),
+        slope=slope,
+    )
+
+
+def as_source(x: Tensor) -> Source:
+    """A plain map."""
+    x = dense_map(x)
+    pixel, channels = pixel_stride(x), x.size(1)
+    return Source(x, pixel, channels, aligned=aligned(pixel, channels))
 
 
 @triton.jit
@@ -75,20 +124,47 @@ def read(source, n, base, offset, inside, c):
     """z, in the dtype of y; 0 outside."""
     y = read_raw(source, base, offset, inside, c)
     if source.scale is not None:
-        center, scale, shift = row_of(source, n, c)
-        z = activate(scale * (y.to(tl.float32) - center) + shift, source.slope)
+        z = pending(source, n, y.to(tl.float32), c)
         y = tl.where(inside[:, None], z, 0.0).to(source.y.dtype.element_ty)
     return y
 
 
 @triton.jit
-def write(out, channels, aligned, base, offset, inside, c, values):
-    """To a map without gaps; aligned as in Source."""
-    if aligned is not None:
-        channels = channels // 8 * 8
+def pending(source, n, y, c):
+    """z of y, both fp32."""
+    if source.scale is not None:
+        center, scale, shift = row_of(source, n, c)
+        y = activate(scale * (y - center) + shift, source.slope)
+    return y
+
+
+@triton.jit
+def pending_bwd(source, n, y, inside, c, dz):
+    """dy, and the terms of dscale and dshift, from dz; all fp32. The source has an affine."""
+    center, scale, shift = row_of(source, n, c)
+    deviation = y - center
+    g = activate_bwd(dz, scale * deviation + shift, source.slope)
+    g = tl.where(inside[:, None], g, 0.0)
+    return scale * g, g * deviation, g
+
+
+@triton.jit
+def write(out, base, offset, inside, c, values):
+    """To a map, given as a source, which may be wider than what is written."""
+    pixel, channels = out.pixel, out.channels
+    if out.aligned is not None:
+        pixel, channels = pixel // 8 * 8, channels // 8 * 8
     mask = inside[:, None] & (c < channels)[None, :]
-    at = (offset * channels)[:, None] + c[None, :]
-    tl.store(out + base * channels + at, values.to(out.dtype.element_ty), mask=mask)
+    at = (offset * pixel)[:, None] + c[None, :]
+    tl.store(out.y + base * pixel + at, values.to(out.y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def block_of(channels, BC: tl.constexpr):
+    """This program's channels, and its number among those that have the same; programs that touch
+    the same pixels follow each other."""
+    blocks = tl.cdiv(channels, BC)
+    return tl.program_id(0) % blocks * BC + tl.arange(0, BC), tl.program_id(0) // blocks
 
 
 @triton.jit

@@ -5,17 +5,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .language import Source, pixel_of, read_raw, row_of, tile_of, write
-from .resample import as_source
-from .statistics import channel_block, empty_parts, statistics, tile_statistics
+from .language import Source, as_source, block_of, pixel_of, read_raw, row_of, tile_of, write
+from .statistics import (
+    channel_block,
+    channels_of_groups,
+    empty_parts,
+    finish,
+    tile_statistics,
+    to_channels,
+)
 
 
 @triton.jit(do_not_specialize=["H", "W"])
 def parts_kernel(y, parts, H, W, TH: tl.constexpr, TW: tl.constexpr, BC: tl.constexpr):
     """The parts of a map that is there."""
-    blocks = tl.cdiv(y.channels, BC)
-    c = tl.program_id(0) % blocks * BC + tl.arange(0, BC)
-    tile = tl.program_id(0) // blocks
+    c, tile = block_of(y.channels, BC)
     n, h, w, dh, dw, inside = tile_of(tile, H, W, TH, TW)
     values = read_raw(y, pixel_of(n, h, w, H, W), dh * W + dw, inside, c)
     tile_statistics(values.to(tl.float32), inside, tile, c, y.channels, parts)
@@ -41,9 +45,7 @@ def terms_kernel(
     BW: tl.constexpr,
 ):
     """dgamma and dbeta, and dy_total = dy + slope * (y - center) + offset."""
-    g = tl.program_id(0) * BG + tl.arange(0, BG * BW) // BW
-    k = tl.arange(0, BG * BW) % BW
-    c = tl.where((k < width) & (g * width < C), g * width + k, C)
+    c = channels_of_groups(C, width, BG, BW)
     known = c < C
     of_gamma = tl.zeros((BG * BW,), tl.float32)
     of_beta = tl.zeros((BG * BW,), tl.float32)
@@ -63,8 +65,7 @@ def terms_kernel(
             a, b = s * ds, s * db
             if width > 1:
                 a, b = tl.sum(a.reshape(BG, BW), 1), tl.sum(b.reshape(BG, BW), 1)
-                a = tl.broadcast_to(a[:, None], (BG, BW)).reshape(BG * BW)
-                b = tl.broadcast_to(b[:, None], (BG, BW)).reshape(BG * BW)
+                a, b = to_channels(a, BW), to_channels(b, BW)
             tl.store(slope + at, -a * reciprocal / count, mask=known)
             tl.store(offset + at, -b / count, mask=known)
     tl.store(dgamma + c, of_gamma, mask=known)
@@ -74,16 +75,14 @@ def terms_kernel(
 @triton.jit(do_not_specialize=["H", "W"])
 def apply_kernel(y, dy, out, H, W, TH: tl.constexpr, TW: tl.constexpr, BC: tl.constexpr):
     """out = dy + slope * (y - center) + offset; y carries slope and offset as scale and shift."""
-    blocks = tl.cdiv(y.channels, BC)
-    c = tl.program_id(0) % blocks * BC + tl.arange(0, BC)
-    tile = tl.program_id(0) // blocks
+    c, tile = block_of(y.channels, BC)
     n, h, w, dh, dw, inside = tile_of(tile, H, W, TH, TW)
     base, offset = pixel_of(n, h, w, H, W), dh * W + dw
     center, slope, add = row_of(y, n, c)
     total = slope * (read_raw(y, base, offset, inside, c).to(tl.float32) - center) + add
     if dy.y is not None:
         total += read_raw(dy, base, offset, inside, c).to(tl.float32)
-    write(out, y.channels, y.aligned, base, offset, inside, c, total)
+    write(out, base, offset, inside, c, total)
 
 
 class Tiles:
@@ -115,7 +114,7 @@ def normalization(
     if y.numel():
         grid = (n * tiles.tiles * tiles.blocks,)
         parts_kernel[grid](as_source(y), parts, h, w, **tiles.options())
-    return statistics(parts, n if groups else 1, groups, bias, gamma, beta, eps)
+    return finish(parts, n if groups else 1, groups, bias, gamma, beta, eps)
 
 
 def normalization_bwd(
@@ -167,5 +166,6 @@ def normalization_bwd(
         center=center, scale=slope, shift=offset, row=0 if rows == 1 else c
     )
     grad = Source(None) if dy is None else as_source(dy)
-    apply_kernel[(n * tiles.tiles * tiles.blocks,)](source, grad, out, h, w, **tiles.options())
+    grid = (n * tiles.tiles * tiles.blocks,)
+    apply_kernel[grid](source, grad, as_source(out), h, w, **tiles.options())
     return dgamma, dbeta

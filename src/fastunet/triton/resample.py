@@ -6,7 +6,6 @@ smaller one, both integers, as PyTorch's interpolate defines them.
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,9 +18,19 @@ from fastunet.activation import (
     NONE,
     Activation,
 )
-from fastunet.maps import channel_adjacent, empty_map, empty_vectors
+from fastunet.maps import empty_map, empty_vectors
 
-from .language import Source, activate, activate_bwd, aligned, pixel_of, read_raw, row_of
+from .language import (
+    as_source,
+    block_of,
+    dense_map,
+    pending,
+    pending_bwd,
+    pixel_of,
+    read_raw,
+    source_of,
+    write,
+)
 
 MODE_NONE: tl.constexpr = tl.constexpr(NONE)
 MODE_POOL: tl.constexpr = tl.constexpr(MAX_POOL)
@@ -91,11 +100,7 @@ def part(d, i, size, MODE: tl.constexpr):
 def value(source, n, h, w, height, width, inside, c):
     """z in fp32, and y; h and w [P]"""
     y = read_raw(source, 0, pixel_of(n, h, w, height, width), inside, c).to(tl.float32)
-    z = y
-    if source.scale is not None:
-        center, scale, shift = row_of(source, n, c)
-        z = activate(scale * (y - center) + shift, source.slope)
-    return z, y
+    return pending(source, n, y, c), y
 
 
 @triton.jit(do_not_specialize=["height", "width", "H", "W", "top", "left"])
@@ -112,11 +117,9 @@ def resample_kernel(
     BP: tl.constexpr,
     BC: tl.constexpr,
 ):
-    blocks = tl.cdiv(source.channels, BC)
-    c = tl.program_id(0) % blocks * BC + tl.arange(0, BC)
+    c, tile = block_of(source.channels, BC)
     tiles = tl.cdiv(H * W, BP)
-    n = tl.program_id(0) // blocks // tiles
-    p = tl.program_id(0) // blocks % tiles * BP + tl.arange(0, BP)
+    n, p = tile // tiles, tile % tiles * BP + tl.arange(0, BP)
     h, w = p // W - top, p % W - left
     inside = (h >= 0) & (h < resampled(height, MODE)) & (w >= 0) & (w < resampled(width, MODE))
     inside &= p < H * W
@@ -139,33 +142,18 @@ def resample_kernel(
                 corner, _ = value(source, n, hs, ws, height, width, known, c)
                 z += tl.where(known[:, None], weight[:, None] * corner, 0.0)
     z = tl.where(inside[:, None], z, 0.0)
-    write_to(out, pixel_of(n, 0, p, H, W), p < H * W, c, z)
-
-
-@triton.jit
-def write_to(out, pixel, inside, c, z):
-    """To pixels [P] of a map that may be wider than what is written."""
-    stride, channels = out.pixel, out.channels
-    if out.aligned is not None:
-        stride, channels = stride // 8 * 8, channels // 8 * 8
-    mask = inside[:, None] & (c < channels)[None, :]
-    at = (pixel * stride)[:, None] + c[None, :]
-    tl.store(out.y + at, z.to(out.y.dtype.element_ty), mask=mask)
+    write(out, 0, pixel_of(n, 0, p, H, W), p < H * W, c, z)
 
 
 @triton.jit
 def store_grad(source, n, h, w, height, width, inside, c, dz, y, dy):
     """Stores dy; returns the terms of dscale and dshift."""
     pixel = pixel_of(n, h, w, height, width)
+    of_scale, of_shift = dz, dz  # nobody's, where there is no affine
     if source.scale is not None:
-        center, scale, shift = row_of(source, n, c)
-        g = activate_bwd(dz, scale * (y - center) + shift, source.slope)
-        g = tl.where(inside[:, None], g, 0.0)
-        write_to(dy, pixel, inside, c, scale * g)
-        return g * (y - center), g
-    else:
-        write_to(dy, pixel, inside, c, dz)
-        return dz, dz
+        dz, of_scale, of_shift = pending_bwd(source, n, y, inside, c, dz)
+    write(dy, 0, pixel, inside, c, dz)
+    return of_scale, of_shift
 
 
 @triton.jit
@@ -194,15 +182,12 @@ def resample_bwd_kernel(
     BP: tl.constexpr,
     BC: tl.constexpr,
 ):
-    blocks = tl.cdiv(source.channels, BC)
-    c = tl.program_id(0) % blocks * BC + tl.arange(0, BC)
+    c, tile = block_of(source.channels, BC)
     # Pixels of the source, or windows of the pooling (partial ones at odd edges).
     WINDOW: tl.constexpr = 2 if MODE == MODE_POOL else 1
     rows, columns = tl.cdiv(height, WINDOW), tl.cdiv(width, WINDOW)
     tiles = tl.cdiv(rows * columns, BP)
-    tile = tl.program_id(0) // blocks
-    n = tile // tiles
-    p = tile % tiles * BP + tl.arange(0, BP)
+    n, p = tile // tiles, tile % tiles * BP + tl.arange(0, BP)
     h, w = p // columns, p % columns
     inside = p < rows * columns
     if MODE == MODE_POOL:
@@ -262,52 +247,6 @@ def blocks(channels: int, values: int) -> Blocks:
     if channels % 8:  # more instructions and addresses for each value
         values //= 2
     return Blocks(values // BC, BC)
-
-
-def dense_map(x: Tensor) -> Tensor:
-    """x, or a copy, with adjacent channels and pixels that are evenly spaced throughout."""
-    x = channel_adjacent(x)
-    n, _, h, w = x.shape
-    strides = x.stride(0), x.stride(2), x.stride(3)
-    pixel = pixel_stride(x)
-    for size, stride, expected in zip(
-        (n, h, w), strides, (h * w * pixel, w * pixel, pixel), strict=True
-    ):
-        if size > 1 and stride != expected:
-            return x.contiguous(memory_format=torch.channels_last)
-    return x
-
-
-def pixel_stride(x: Tensor) -> int:
-    """Elements between pixels of a dense map; strides of a single index mean nothing."""
-    n, c, h, w = x.shape
-    if w > 1:
-        return x.stride(3)
-    if h > 1:
-        return x.stride(2)
-    return x.stride(0) // (h * w) if n > 1 else c
-
-
-def source_of(activation: Activation) -> Source:
-    y, center, scale, shift, slope = activation[:5]
-    if scale is None:
-        return as_source(y)
-    assert center is not None
-    assert shift is not None
-    return as_source(y)._replace(
-        center=center.contiguous(),
-        scale=scale.contiguous(),
-        shift=shift.contiguous(),
-        row=0 if scale.size(0) == 1 else scale.size(1),
-        slope=slope,
-    )
-
-
-def as_source(x: Tensor) -> Source:
-    """A plain map."""
-    x = dense_map(x)
-    pixel, channels = pixel_stride(x), x.size(1)
-    return Source(x, pixel, channels, aligned=aligned(pixel, channels))
 
 
 def place_of(source: Activation) -> tuple[int, int]:

@@ -30,6 +30,7 @@ from fastunet.activation import (
 )
 from fastunet.composed import Norm, SourceGrads
 from fastunet.prepared import keeping
+from fastunet.reference.resample import accumulate_dtype
 
 from . import cache
 from .convolution import precision_of
@@ -149,10 +150,9 @@ class Draw:
         affine: bool = True,
         rows: int = 1,
     ) -> Activation:
-        h, w = size
-        grown = {NONE: size, MAX_POOL: (h // 2, w // 2)}.get(mode, (2 * h, 2 * w))
-        y = self.tensor(2, channels, *size)
-        source = Activation(y, None, None, None, 1.0, mode, grown, torch.channels_last)
+        source = Activation.of(self.tensor(2, channels, *size), torch.channels_last)
+        if mode != NONE:
+            source = source.pool() if mode == MAX_POOL else source.upsample(mode)
         if not affine:
             return source
         center, scale, shift = (self.tensor(rows, channels) for _ in range(3))
@@ -160,7 +160,7 @@ class Draw:
 
 
 def of_dtype(source: Activation, dtype: torch.dtype) -> Activation:
-    vectors = torch.float64 if dtype == torch.float64 else torch.float32
+    vectors = accumulate_dtype(dtype)
     center, scale, shift = (None if v is None else v.to(vectors) for v in source[1:4])
     return source._replace(y=source.y.to(dtype), center=center, scale=scale, shift=shift)
 
@@ -206,7 +206,7 @@ def conv_norm_act_cases(device: torch.device) -> Iterator[tuple[str, Run]]:
             name: str = name,
             outputs: int = outputs,
         ) -> Results:
-            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            wide = accumulate_dtype(dtype)
             gamma, beta, dscale, dshift = (v.to(wide) for v in vectors)
             groups = {"group": 8, "instance": outputs}.get(name, 0)
             kind = "group" if groups else "batch"
@@ -245,7 +245,7 @@ def conv_transpose_cases(device: torch.device) -> Iterator[tuple[str, Run]]:
             bias: Tensor = bias,
             dy: Tensor = dy,
         ) -> Results:
-            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            wide = accumulate_dtype(dtype)
             read, w = of_dtype(source, dtype), weight.to(wide)
             y = composed.conv_transpose(kernels, read, w, bias.to(wide))
             grads = composed.conv_transpose_bwd(kernels, dy.to(dtype), read, [True, True], w)
@@ -290,7 +290,7 @@ def head_cases(device: torch.device) -> Iterator[tuple[str, Run]]:
             bias: Tensor = bias,
             dlogits: Tensor = dlogits,
         ) -> Results:
-            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            wide = accumulate_dtype(dtype)
             read, w = of_dtype(source, dtype), weight.to(wide)
             formats = (torch.channels_last, torch.contiguous_format)
             logits = tuple(torch.empty_like(dlogits, dtype=dtype, memory_format=f) for f in formats)

@@ -98,6 +98,21 @@ def merge_kernel(parts, out, tiles, share, C, BT: tl.constexpr, BC: tl.constexpr
     tl.store(out.m2 + at * C + c, m2, mask=c < C)
 
 
+@triton.jit
+def channels_of_groups(C, width, BG: tl.constexpr, BW: tl.constexpr):
+    """The channels of a program's groups. What is beyond a group or the map is number C: never
+    read, never written."""
+    g = tl.program_id(0) * BG + tl.arange(0, BG * BW) // BW
+    k = tl.arange(0, BG * BW) % BW
+    return tl.where((k < width) & (g * width < C), g * width + k, C)
+
+
+@triton.jit
+def to_channels(of_groups, BW: tl.constexpr):
+    BG: tl.constexpr = of_groups.shape[0]
+    return tl.broadcast_to(of_groups[:, None], (BG, BW)).reshape(BG * BW)
+
+
 @triton.jit(do_not_specialize=["tiles", "eps"])
 def finish_kernel(
     parts,
@@ -117,29 +132,24 @@ def finish_kernel(
     BT: tl.constexpr,
 ):
     row = tl.program_id(1)
-    g = tl.program_id(0) * BG + tl.arange(0, BG * BW) // BW
-    k = tl.arange(0, BG * BW) % BW
-    # Channels beyond the group or the map are number C: never read, never written.
-    c = tl.where((k < width) & (g * width < C), g * width + k, C)
+    c = channels_of_groups(C, width, BG, BW)
     count, mean, m2 = merge_range(parts, row * tiles, (row + 1) * tiles, C, c, BT)
     known = c < C
     offset = tl.zeros((BG * BW,), tl.float32)
     if width > 1:
         if bias is not None:
-            offset = tl.load(bias + c, mask=known, other=0.0).to(tl.float32)
+            offset = tl.load(bias + c, mask=known, other=0.0)
         count = tl.where(known, count, 0.0).reshape(BG, BW)
         mean, m2 = (mean + offset).reshape(BG, BW), m2.reshape(BG, BW)
         count, mean, m2 = merged(count, mean, m2, 1)
-        count = tl.broadcast_to(count[:, None], (BG, BW)).reshape(BG * BW)
-        mean = tl.broadcast_to(mean[:, None], (BG, BW)).reshape(BG * BW)
-        m2 = tl.broadcast_to(m2[:, None], (BG, BW)).reshape(BG * BW)
+        count, mean, m2 = to_channels(count, BW), to_channels(mean, BW), to_channels(m2, BW)
     variance = m2 / tl.maximum(count, 1.0)
     factor = 1.0 / tl.sqrt_rn(variance + eps)
     if gamma is not None:
-        factor *= tl.load(gamma + c, mask=known, other=0.0).to(tl.float32)
+        factor *= tl.load(gamma + c, mask=known, other=0.0)
     add = tl.zeros((BG * BW,), tl.float32)
     if beta is not None:
-        add = tl.load(beta + c, mask=known, other=0.0).to(tl.float32)
+        add = tl.load(beta + c, mask=known, other=0.0)
     at = row * C + c
     tl.store(center + at, mean - offset, mask=known)
     tl.store(scale + at, factor, mask=known)
@@ -147,7 +157,7 @@ def finish_kernel(
     tl.store(var + at, variance, mask=known)
 
 
-def statistics(
+def finish(
     parts: Parts,
     rows: int,
     groups: int,
@@ -158,7 +168,8 @@ def statistics(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """center, scale, shift, var, [rows, C], as ``reference.normalization`` defines them.
 
-    parts: those of one row follow each other. groups: 0 for statistics of the batch.
+    parts: those of one row follow each other. bias, gamma, beta: fp32, dense.
+    groups: 0 for statistics of the batch.
     """
     pixels, mean, _ = parts
     assert pixels is not None

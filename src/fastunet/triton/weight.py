@@ -10,8 +10,6 @@ from torch import Tensor
 
 from fastunet.prepared import prepared
 
-from .convolution import Config
-
 
 @triton.jit
 def pack_kernel(
@@ -46,18 +44,19 @@ def pack(
     dimension: int,
     channels: Sequence[int],
     dtype: torch.dtype,
-    config: Config,
+    BK: int,
     flip: bool = False,
 ) -> tuple[Tensor, int]:
     """The packed weight, and where the second source's channels begin.
 
     weight: outputs x inputs x taps, dimension: that of the outputs, 0 or 1.
-    channels: of each source. flip: the taps in reverse order, for the input's gradient.
+    channels: of each source; BK: those of a block. flip: the taps in reverse
+    order, for the input's gradient.
     """
     key = ("weight", weight.data_ptr(), weight.shape, weight.stride(), dimension, *channels)
     return prepared(
-        (*key, dtype, config.BK, flip),
-        lambda: packed(weight, dimension, channels, dtype, config, flip),
+        (*key, dtype, BK, flip),
+        lambda: packed(weight, dimension, channels, dtype, BK, flip),
     )
 
 
@@ -66,18 +65,18 @@ def packed(
     dimension: int,
     channels: Sequence[int],
     dtype: torch.dtype,
-    config: Config,
+    BK: int,
     flip: bool,
 ) -> tuple[Tensor, int]:
     weight = weight.flatten(2)
     taps = weight.size(2)
-    widths = [triton.cdiv(c, config.BK) * config.BK for c in channels]
+    widths = [triton.cdiv(c, BK) * BK for c in channels]
     out = weight.new_empty((taps, weight.size(dimension), sum(widths)), dtype=dtype)
     stride_o, stride_k = weight.stride(dimension), weight.stride(1 - dimension)
     first = start = 0
     for count, width in zip(channels, widths, strict=True):
         part = weight.narrow(1 - dimension, start, count)
-        grid = (triton.cdiv(out.size(1), 32), width // config.BK)
+        grid = (triton.cdiv(out.size(1), 32), width // BK)
         pack_kernel[grid](
             part,
             stride_o,
@@ -91,7 +90,7 @@ def packed(
             TAPS=taps,
             FLIP=flip,
             BO=32,
-            BK=config.BK,
+            BK=BK,
         )
         first, start = first + width, start + count
     return out, widths[0]
