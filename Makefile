@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+SOURCES := $(shell find csrc tests/host_cuda -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 # Tests run in two processes of one thread each.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
@@ -49,6 +49,7 @@ sanitize: $(READY)
 
 kernels: $(READY)
 	$(BIN)/python tools/kernels.py
+	$(BIN)/python tools/cuda_kernels.py
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.run

@@ -1,18 +1,25 @@
-"""Builds the compiled CPU kernels against the torch that is installed.
+"""Builds the compiled kernels, for CPUs and for CUDA GPUs, against the torch that is installed.
 
-One source, three builds: baseline x86-64 (any processor elsewhere), AVX2 and AVX-512. The package
-loads the one that the processor can run. The extension uses torch's stable ABI and Python's limited
-API, so one build serves every torch >= 2.11 and every Python >= 3.10.
+CPU: one source, three builds: baseline x86-64 (any processor elsewhere), AVX2 and AVX-512. The
+package loads the one that the processor can run. CUDA: built where the installed torch is a CUDA
+build and there is an nvcc of the same major version. The extensions use torch's stable ABI and
+Python's limited API, so one build serves every torch >= 2.11 and every Python >= 3.10.
 
-FASTUNET_CPU=0    skip the compiled kernels
-FASTUNET_CPU=1    fail the build where they cannot be compiled (otherwise the package is installed
-                  without them, and `fastunet doctor` says why)
+FASTUNET_CPU=0, FASTUNET_CUDA=0    leave out the kernels
+FASTUNET_CPU=1, FASTUNET_CUDA=1    fail where they cannot be compiled (otherwise the package is
+                  installed without them, and `fastunet doctor` says why)
+TORCH_CUDA_ARCH_LIST   architectures, "8.0+PTX" by default: compiled for sm_80, and by the driver
+                  for later ones; a release has "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 MAX_JOBS=n        compile in n jobs (2 by default)
 FASTUNET_SANITIZE=1  with AddressSanitizer and UndefinedBehaviorSanitizer, see `make sanitize`
+FASTUNET_HOST_CUDA=1  for tests: also the CUDA kernels compiled for the CPU, all accesses checked
 """
 
 import os
 import platform
+import re
+import shutil
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -20,14 +27,26 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).parent
-# What the build left out, and why: read by `fastunet doctor`.
+# What the build left out, and why, "part: reason" in each line: read by `fastunet doctor`.
 BUILD_NOTE = ROOT / "src" / "fastunet" / "build_note.txt"
+MACROS = [("TORCH_TARGET_VERSION", "0x020b000000000000")]
+
+
+def extension(name, suffix, flags, **options):
+    from torch.utils.cpp_extension import CppExtension
+
+    return CppExtension(
+        f"fastunet._{name}",
+        sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob(f"**/*{suffix}")),
+        include_dirs=[str(ROOT / "csrc")],
+        define_macros=[*MACROS, ("FASTUNET_LIBRARY", f"fastunet_{name}")],
+        extra_compile_args=flags,
+        py_limited_api=True,
+        **options,
+    )
 
 
 def cpu_extensions():
-    from torch.utils.cpp_extension import CppExtension
-
-    sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("**/*.cpp"))
     flags = ["-O3", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno"]
     flags += ["-Wall", "-Wno-psabi"]
     builds = {"default": []}
@@ -41,20 +60,96 @@ def cpu_extensions():
         link = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
         flags += ["-O1", "-g1", "-fno-omit-frame-pointer", *link]
     return [
-        CppExtension(
-            f"fastunet._cpu_{name}",
-            sources,
-            include_dirs=[str(ROOT / "csrc")],
-            define_macros=[
-                ("TORCH_TARGET_VERSION", "0x020b000000000000"),
-                ("FASTUNET_LIBRARY", f"fastunet_cpu_{name}"),
-            ],
-            extra_compile_args=flags + isa,
-            extra_link_args=link,
-            py_limited_api=True,
-        )
+        extension(f"cpu_{name}", ".cpp", flags + isa, extra_link_args=link)
         for name, isa in builds.items()
     ]
+
+
+def host_cuda_extension():
+    flags = [
+        "-O2",
+        "-std=c++20",
+        "-fvisibility=hidden",
+        "-fno-strict-aliasing",
+        "-U_FORTIFY_SOURCE",
+    ]
+    flags += ["-Wall", "-Wno-psabi", "-Wno-unknown-pragmas", "-DFASTUNET_HOST_CUDA"]
+    built = extension("cuda_host", ".none", flags)
+    built.sources = ["tests/host_cuda/kernels.cpp"]
+    built.include_dirs.insert(0, str(ROOT / "tests" / "host_cuda"))
+    return built
+
+
+def cuda_home():
+    """The CUDA toolkit's folder, or None; builds of torch without CUDA do not look for it."""
+    from torch.utils import cpp_extension
+
+    nvcc = shutil.which("nvcc")
+    beside_nvcc = str(Path(nvcc).resolve().parents[1]) if nvcc else None
+    homes = (cpp_extension.CUDA_HOME, os.environ.get("CUDA_HOME"), beside_nvcc, "/usr/local/cuda")
+    needed = ("bin/nvcc", "include/cuda_runtime.h")
+    return next((h for h in homes if h and all(Path(h, n).exists() for n in needed)), None)
+
+
+def cuda_extension():
+    from torch.utils import cpp_extension
+
+    cpp_extension.CUDA_HOME = cuda_home()  # None in builds of torch without CUDA
+    os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0+PTX"
+    nvcc = ["-O3", "-std=c++20", "-Xcompiler", "-fvisibility=hidden"]
+    return extension(
+        "cuda",
+        ".cu",
+        {"cxx": ["-std=c++20"], "nvcc": nvcc},
+        libraries=["cudart"],
+        library_dirs=[os.path.join(cuda_home(), name) for name in ("lib64", "lib")],
+    )
+
+
+def why_no_cuda():
+    """Why the CUDA kernels cannot be built, empty where they can."""
+    import torch
+
+    home = cuda_home()
+    if home is None:
+        return "there is no nvcc: set CUDA_HOME, or put it on PATH"
+    if torch.version.cuda is None:
+        # Possible all the same: a check that they compile.
+        return "" if asked("CUDA") == "1" else f"torch {torch.__version__} is a build without CUDA"
+    text = subprocess.check_output([Path(home, "bin", "nvcc"), "--version"], text=True)
+    found = re.search(r"release (\d+)\.", text)
+    if not found or found[1] != torch.version.cuda.split(".")[0]:
+        release = found[1] if found else "an unknown version"
+        return f"nvcc and torch must agree in CUDA's major version: {release}, {torch.version.cuda}"
+    return ""
+
+
+def asked(part):
+    return os.environ.get(f"FASTUNET_{part}", "")
+
+
+def part_of(extension):
+    return "CPU" if "._cpu" in extension.name else "CUDA"
+
+
+def extensions():
+    """What is to be built here; what is not is noted."""
+    chosen = []
+    if asked("CPU") == "0":
+        leave_out("CPU", "FASTUNET_CPU=0 was set when the package was built")
+    else:
+        chosen += cpu_extensions()
+    if asked("CUDA") == "0":
+        leave_out("CUDA", "FASTUNET_CUDA=0 was set when the package was built")
+    elif why := why_no_cuda():
+        if asked("CUDA") == "1":
+            sys.exit(f"fastunet: the CUDA kernels cannot be built: {why}")
+        leave_out("CUDA", why)
+    else:
+        chosen.append(cuda_extension())
+    if os.environ.get("FASTUNET_HOST_CUDA") == "1":
+        chosen.append(host_cuda_extension())
+    return chosen
 
 
 def compiled_build():
@@ -70,47 +165,49 @@ def compiled_build():
             self.build_temp = os.path.join(shared, extension.name)
             try:
                 super().build_extension(extension)
+            except Exception as error:
+                if asked(part_of(extension)) == "1":
+                    raise
+                leave_out(part_of(extension), f"they did not compile: {error}")
+                self.failed.append(extension)
             finally:
                 self.build_temp = shared
 
         def build_extensions(self):
-            try:
-                super().build_extensions()
-            except Exception as error:
-                if required:
-                    raise
-                leave_out(f"the C++ kernels did not compile: {error}")
-                if not self.inplace:  # the package's files were copied before this
-                    self.copy_file(str(BUILD_NOTE), os.path.join(self.build_lib, "fastunet"))
-                self.extensions = []
+            self.failed = []
+            super().build_extensions()
+            self.extensions = [e for e in self.extensions if e not in self.failed]
+            if self.failed and not self.inplace:  # the package's files were copied before this
+                self.copy_file(str(BUILD_NOTE), os.path.join(self.build_lib, "fastunet"))
 
         def copy_extensions_to_source(self):
             if self.extensions:
                 super().copy_extensions_to_source()
 
     os.environ.setdefault("MAX_JOBS", "2")
+    chosen = extensions()
+    if not chosen:
+        return {}
     return {
-        "ext_modules": cpu_extensions(),
+        "ext_modules": chosen,
         "cmdclass": {"build_ext": BuildKernels},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 
 
-def leave_out(why):
-    BUILD_NOTE.write_text(f"{why}\n")
-    print(f"fastunet: built without compiled kernels: {why}", file=sys.stderr)
+def leave_out(part, why):
+    with BUILD_NOTE.open("a") as note:
+        note.write(f"{part}: {' '.join(why.split())}\n")
+    print(f"fastunet: built without the {part} kernels: {why}", file=sys.stderr)
 
 
 BUILD_NOTE.unlink(missing_ok=True)
-required = os.environ.get("FASTUNET_CPU") == "1"
-arguments = {}
-if os.environ.get("FASTUNET_CPU") == "0":
-    leave_out("FASTUNET_CPU=0 was set when the package was built")
-else:
-    try:
-        arguments = compiled_build()
-    except ImportError as error:
-        if required:
-            raise
-        leave_out(f"no torch was found when the package was built ({error})")
+try:
+    arguments = compiled_build()
+except ImportError as error:
+    if "1" in (asked("CPU"), asked("CUDA")):
+        raise
+    arguments = {}
+    for missing in ("CPU", "CUDA"):
+        leave_out(missing, f"no torch was found when the package was built ({error})")
 setup(**arguments)

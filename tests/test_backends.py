@@ -133,7 +133,8 @@ def test_environment():
     result = python(code, FASTUNET_BACKEND="fast")
     assert result.returncode != 0
     assert (
-        "FASTUNET_BACKEND must be one of auto, cpu, triton, reference, got 'fast'" in result.stderr
+        "FASTUNET_BACKEND must be one of auto, cpu, triton, cuda, reference, got 'fast'"
+        in result.stderr
     )
 
 
@@ -172,7 +173,7 @@ except RuntimeError as error:
     ("files", "why"),
     [
         ({}, "they were not built"),
-        ({"build_note.txt": "no compiler was found\n"}, "installation: no compiler was found;"),
+        ({"build_note.txt": "CUDA: no nvcc\nCPU: no g++ was found\n"}, "installation: no g++ was"),
         ({"_cpu_avx2.abi3.so": "x", "_cpu_default.abi3.so": "x"}, "does not load with torch"),
     ],
     ids=["missing", "left_out", "broken"],

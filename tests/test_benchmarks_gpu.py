@@ -1,6 +1,7 @@
 """The stages for a GPU, as far as a CPU can run them: on tiny cases, in float32."""
 
 import functools
+import itertools
 import json
 import math
 import sys
@@ -20,7 +21,7 @@ from benchmarks.gpu import checks, measurements, workload
 from benchmarks.gpu.job import EXPECTED, Budget, Job
 from benchmarks.network_cases import Network, network_case
 from benchmarks.operator_cases import Shapes
-from fastunet import backends
+from fastunet import backends, self_check
 
 REFERENCE = measurements.REFERENCE
 SIZES = {"n": 8, "copied": 4096}
@@ -74,20 +75,26 @@ def test_workload_finds_what_is_not_finite(monkeypatch):
 
 
 def test_verify(monkeypatch, job):
-    """Each operator's and dtype's verdict, under the key by which it is looked up."""
-    self_check = pytest.importorskip("fastunet.triton.self_check")
+    """Each backend's, operator's and dtype's verdict, under the key by which it is looked up."""
 
-    def check(operator, dtype, device):
-        return "wrong sums" if (operator, dtype) == ("head", torch.float16) else "", True
+    def check(backend, operator, dtype, device):
+        wrong = (backend, operator, dtype) == ("cuda", "head", torch.float16)
+        return "wrong sums" if wrong else "", True
+
+    def why_not(x):
+        return "no such dtype" if x.dtype == torch.float64 else ""
 
     monkeypatch.setattr(self_check, "check", check)
+    for backend in ("triton", "cuda"):
+        monkeypatch.setattr(backends.module(backend), "why_not", why_not)
     good, found = run(monkeypatch, job, "verify")
     assert not good
-    assert [f["what"] for f in found["failures"]] == ["head torch.float16"]
+    assert [f["what"] for f in found["failures"]] == ["cuda head torch.float16"]
+    device = torch.device("cpu")
     keys = {
-        self_check.key_of(operator, dtype, torch.device("cpu")): check(operator, dtype, None)[0]
-        for operator in self_check.CASES
-        for dtype in self_check.TOLERANCE
+        self_check.key_of(*what, device): check(*what, device)[0]
+        for what in itertools.product(("triton", "cuda"), self_check.CASES, self_check.TOLERANCE)
+        if what[2] != torch.float64
     }
     assert found["verdicts"] == keys
 
@@ -193,7 +200,7 @@ def test_sanitize(monkeypatch, job, tmp_path):
     monkeypatch.setattr(checks, "WORKLOAD", ("true",))
     good, found = run(monkeypatch, job, "sanitize")
     assert not good
-    assert [one["errors"] for one in found["results"]] == [0, 2, 0]
+    assert [one["errors"] for one in found["results"]] == [0, 2, 0] * 2  # of each backend
 
 
 def test_ceilings(monkeypatch, job, capsys):

@@ -17,7 +17,12 @@ from fastunet.reference import UNet
 
 MEASURED = Ceilings(788e12, 4.3e12)  # an H200: matrix product and copy
 # Of one layer with as many channels out as in, per pixel and channel, in 16 bit.
-BYTES = {"eager": (14, 24, 12), "compile": (10, 22, 8), "fused": (4, 16, 4)}
+BYTES = {
+    "eager": (14, 24, 12),
+    "compile": (10, 22, 8),
+    "around": (10, 22, 8),
+    "fused": (4, 16, 4),
+}
 
 
 def build(kind: type[UNet], net: Network) -> UNet:
@@ -112,26 +117,36 @@ def test_bytes_of_other_sources():
 
 
 @pytest.mark.parametrize(
-    ("name", "bilinear", "eager", "compiled", "fused"),
+    ("name", "bilinear", "eager", "compiled", "around", "fused"),
     [  # forward, backward, inference: read + written, kernel by kernel
-        ("down1.pool", False, (1 + 1.25, 2.25 + 3, 2.25), (1.375, 2.375, 1.25), (0, 0, 0)),
+        (
+            *("down1.pool", False, (1 + 1.25, 2.25 + 3, 2.25), (1.375, 2.375, 1.25)),
+            *((0, 3, 0), (0, 0, 0)),
+        ),
         (
             *("up1.up", False),
             (1.5 + 2 + 2 + 4, 2 + 1 + 1.5 + 1.5, 9.5),
             (1.5 + 4, 2 + 1.5 + 1.5, 5.5),
+            (1 + 1.5 + 2, 1 + 1.5 + 2 + 1.5, 4.5),
             (1.5, 2 + 1.5, 1.5),
         ),
-        ("up1.up", True, (1.25 + 2 + 4, 2 + 1.25, 7.25), (3.25, 1.25, 3.25), (0, 1.5, 0)),
-        ("outc", False, (1.5 + 1, 0.5 + 1.5 + 1.5, 2.5), (1.5, 3, 1.5), (1.5, 2.5, 1.5)),
-        ("inc.conv2", False, (7, 12, 6), (5, 9, 4), (2, 8, 2)),
+        (
+            *("up1.up", True, (1.25 + 2 + 4, 2 + 1.25, 7.25), (3.25, 1.25, 3.25)),
+            *((0, 0, 0), (0, 1.5, 0)),
+        ),
+        (
+            *("outc", False, (1.5 + 1, 0.5 + 1.5 + 1.5, 2.5), (1.5, 3, 1.5)),
+            *((2 + 1.5 + 1, 0.5 + 1.5 + 4 + 1.5, 4.5), (1.5, 2.5, 1.5)),
+        ),
+        ("inc.conv2", False, (7, 12, 6), (5, 9, 4), (5, 11, 4), (2, 8, 2)),
     ],
 )
-def test_bytes_between_convolutions(name, bilinear, eager, compiled, fused):
+def test_bytes_between_convolutions(name, bilinear, eager, compiled, around, fused):
     """In maps of the top level, by hand; pooled: 1/4, its int64 indices 1, its offsets 1/8."""
     net = Network(bilinear=bilinear, n_classes=16, base_channels=32, depth=1, height=64, width=64)
     layer = layer_of(net, name)
     weights = layer.maps.get("w", 0)
-    for model, expected in zip(bound.MODELS, (eager, compiled, fused), strict=True):
+    for model, expected in zip(bound.MODELS, (eager, compiled, around, fused), strict=True):
         for phase, maps in zip(bound.PHASES, expected, strict=True):
             moved = sum(kernels(layer, model, phase))
             moved -= weights * (2 if phase == "backward" else 1)
@@ -190,11 +205,14 @@ def test_of_a_whole_network():
     assert found["flops"]["forward"] == pytest.approx(385e9, rel=0.01)
     assert found["flops"]["step"] == pytest.approx(1155e9, rel=0.01)
     saved = {model: of["saved_bytes"] / 1e6 for model, of in found["models"].items()}
-    assert saved == pytest.approx({"eager": 718, "compile": 600, "fused": 320}, rel=0.01)
+    assert saved == pytest.approx(
+        {"eager": 718, "compile": 600, "around": 320, "fused": 320}, rel=0.01
+    )
     for what in ("training", "inference"):
-        speeds = [of[f"{what}_images_per_second"] for of in found["models"].values()]
-        speeds.append(found["flops_alone"][f"{what}_images_per_second"])
-        assert speeds == sorted(speeds)
+        speeds = {m: of[f"{what}_images_per_second"] for m, of in found["models"].items()}
+        alone = found["flops_alone"][f"{what}_images_per_second"]
+        assert speeds["eager"] < speeds["compile"] < speeds["fused"] < alone
+        assert speeds["eager"] < speeds["around"] < speeds["fused"]
 
 
 GROWTH = [
@@ -255,8 +273,8 @@ def test_text():
     assert "788 TFLOP/s, 4.3 TB/s" in text
     assert "385.4 GFLOP per image forward, 1155.2 in a training step" in text
     lines = {line.split("  ")[0]: line.split() for line in text.splitlines()}
-    assert lines["training, images/s"][2:] == ["389", "448", "580", "682"]
-    assert lines["saved for backward, MB per image"][6:] == ["718", "600", "320"]
+    assert lines["training, images/s"][2:] == ["389", "448", "426", "580", "682"]
+    assert lines["saved for backward, MB per image"][6:] == ["718", "600", "320", "320"]
     for layer in Network().layers():
         assert layer.name in lines
 

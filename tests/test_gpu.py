@@ -59,8 +59,10 @@ def test_float64_parity(options, train):
         assert torch.allclose(a, b, rtol=1e-7, atol=1e-9)
 
 
-@pytest.fixture(params=["reference", "triton"])
+@pytest.fixture(params=["reference", "triton", "cuda"])
 def backend(request):
+    if why := fastunet.backends.module(request.param).why_not(torch.empty(1, device="cuda")):
+        pytest.skip(why)
     with fastunet.backend(request.param):
         yield request.param
 
@@ -136,14 +138,14 @@ def test_capture(backend, bilinear):
         captured(x[:1])
 
 
-def test_automatic_choice():
-    """The self-check passes here, so the Triton kernels serve by themselves."""
-    pytest.importorskip("triton")
-    if torch.cuda.get_device_capability() < (8, 0):
-        pytest.skip("needs compute capability 8.0")
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_automatic_choice(name):
+    """The self-check passes here, so the kernels serve by themselves."""
     x = torch.zeros(1, device="cuda", dtype=torch.bfloat16)
+    if why := fastunet.backends.module(name).why_not(x):
+        pytest.skip(why)
     for operator in ("conv_norm_act", "conv_transpose", "resample", "head"):
-        assert fastunet.backends.why_not("triton", operator, x) == ""
+        assert fastunet.backends.why_not(name, operator, x) == ""
 
 
 @pytest.mark.parametrize("train", [True, False])

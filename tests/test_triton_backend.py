@@ -10,7 +10,7 @@ from networks import pair, random
 from test_parity import assert_as_accurate
 
 import fastunet
-from fastunet import backends, composed
+from fastunet import backends, cache, composed, self_check
 from fastunet.activation import MAX_POOL, Activation
 from fastunet.prepared import keeping
 
@@ -19,7 +19,7 @@ if torch.cuda.is_available():
     pytest.skip("the interpreter is for machines without a GPU", allow_module_level=True)
 
 from fastunet import triton as kernels
-from fastunet.triton import cache, convolution, selection, self_check, tuning
+from fastunet.triton import convolution, selection, tuning
 from fastunet.triton.selection import CUDNN, MATERIALISED, ON_LOAD, Layer
 
 VARIANTS = {
@@ -170,14 +170,14 @@ def fewer_cases(monkeypatch):
 def test_self_check_passes(fewer_cases, operator, dtype):
     """In whatever mode the caller is."""
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        assert self_check.check(operator, dtype, torch.device("cpu")) == ("", True)
+        assert self_check.check("triton", operator, dtype, torch.device("cpu")) == ("", True)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("operator", self_check.CASES)
 def test_whole_self_check_passes(operator):
-    assert self_check.check(operator, torch.float32, torch.device("cpu")) == ("", True)
+    assert self_check.check("triton", operator, torch.float32, torch.device("cpu")) == ("", True)
 
 
 def test_self_check_finds_wrong_kernels(fewer_cases, monkeypatch):
@@ -191,11 +191,11 @@ def test_self_check_finds_wrong_kernels(fewer_cases, monkeypatch):
     for module in modules.values():
         monkeypatch.setattr(module, "convolve", shifted)
     for operator in modules:
-        why, lasting = self_check.check(operator, torch.float32, torch.device("cpu"))
+        why, lasting = self_check.check("triton", operator, torch.float32, torch.device("cpu"))
         assert "are wrong here" in why
         assert lasting
     monkeypatch.setattr(modules["head"], "convolve", lambda *_, **__: 1 / 0)
-    why, lasting = self_check.check("head", torch.float32, torch.device("cpu"))
+    why, lasting = self_check.check("triton", "head", torch.float32, torch.device("cpu"))
     assert "fail here" in why
     assert not lasting
     assert "division by zero" in why
@@ -212,14 +212,14 @@ def test_verdicts_are_kept_and_decide(own_cache, monkeypatch):
     """A failed check means the next backend, a warning, and a line in doctor; and no second run."""
     runs = []
 
-    def check(operator, dtype, device):
+    def check(backend, operator, dtype, device):
         runs.append(operator)
         return {"head": ("wrong sums", True), "resample": ("no memory", False)}.get(
             operator, ("", True)
         )
 
     monkeypatch.setattr(self_check, "check", check)
-    monkeypatch.setattr(cache, "fingerprint", lambda device: "some GPU")
+    monkeypatch.setattr(cache, "fingerprint", lambda *_: "some GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     x = OnGpu()

@@ -22,4 +22,4 @@ else
     pip -r requirements/cpu.txt
 fi
 # Without isolation: an isolated build would download a torch of its own.
-FASTUNET_CPU=${FASTUNET_CPU:-1} pip --no-build-isolation -e '.[test,lint]'
+FASTUNET_CPU=${FASTUNET_CPU:-1} FASTUNET_HOST_CUDA=${FASTUNET_HOST_CUDA:-1} pip --no-build-isolation -e '.[test,lint]'

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import itertools
 import os
 import re
 import shutil
@@ -17,10 +18,12 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.results import ROOT
+from fastunet import backends, self_check
 
 from .job import Job
 
-TESTS = ("tests/test_gpu.py", "tests/ops/test_triton.py")
+TESTS = ("tests/test_gpu.py", "tests/ops/test_triton.py", "tests/ops/test_cuda.py")
+BACKENDS = ("triton", "cuda")
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
 WORKLOAD = (sys.executable, "-m", "benchmarks.gpu", "--stage", "workload")
 
@@ -97,20 +100,22 @@ def check(job: Job, tests: tuple[str, ...] = TESTS, marker: str = "gpu") -> None
 
 
 def verify(job: Job) -> None:
-    """The self-checks' verdicts, as src/fastunet/triton/verified.json keeps them."""
-    from fastunet.triton import self_check
-
+    """The self-checks' verdicts, as src/fastunet/verified.json keeps them."""
     verdicts = job.result["verdicts"] = {}
     device = torch.device(job.setting.device)
-    for dtype in self_check.TOLERANCE:
-        for operator in self_check.CASES:
-            why, _ = self_check.check(operator, dtype, device)
-            verdicts[self_check.key_of(operator, dtype, device)] = why
-            name = f"{operator} {dtype}"
-            job.rows[name] = {"self-check": name, "verdict": why or "passed"}
-            if why:
-                job.fail(name, why)
-            job.save()
+    for backend, dtype, operator in itertools.product(
+        BACKENDS, self_check.TOLERANCE, self_check.CASES
+    ):
+        name = f"{backend} {operator} {dtype}"
+        if why := backends.module(backend).why_not(torch.empty(0, dtype=dtype, device=device)):
+            job.rows[name] = {"self-check": name, "verdict": f"cannot serve: {why}"}
+            continue
+        why, _ = self_check.check(backend, operator, dtype, device)
+        verdicts[self_check.key_of(backend, operator, dtype, device)] = why
+        job.rows[name] = {"self-check": name, "verdict": why or "passed"}
+        if why:
+            job.fail(name, why)
+        job.save()
 
 
 def sanitizer_report(output: str) -> dict[str, Any]:
@@ -133,17 +138,27 @@ def sanitize(job: Job) -> None:
     if tool is None:
         job.rows["none"] = {"compute-sanitizer": "neither on PATH nor in CUDA_HOME/bin"}
         return
-    done = execute([*WORKLOAD], job.budget.left() - 20)  # also compiles the kernels
-    if done.status != 0:
-        job.fail("the workload by itself", done.output)
-        return
-    for i, name in enumerate(SANITIZERS):
-        command = [tool, "--tool", name, "--target-processes", "application-only", *WORKLOAD]
-        share = job.budget.left() / (len(SANITIZERS) - i) - 20
-        done = execute(command, share, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-        found = {"tool": name, "status": done.status, **sanitizer_report(done.output)}
-        job.result["results"].append(found)
-        job.rows[name] = {key: found[key] for key in ("tool", "status", "errors", "kernels")}
-        if done.status != 0 or found["errors"] != 0:
-            job.fail(name, f"{found['errors']} errors, status {done.status}\n{done.output[-300:]}")
-        job.save()
+    for backend in BACKENDS:
+        workload = [*WORKLOAD, "--backend", backend]
+        done = execute(workload, job.budget.left() - 20)  # also compiles the kernels
+        if done.status != 0:
+            job.fail(f"the workload of {backend} by itself", done.output)
+            continue
+        for name in SANITIZERS:
+            watch(job, tool, name, backend, workload)
+
+
+def watch(job: Job, tool: str, name: str, backend: str, workload: list[str]) -> None:
+    """The workload under one tool, in its share of the time that is left."""
+    command = [tool, "--tool", name, "--target-processes", "application-only", *workload]
+    remaining = len(BACKENDS) * len(SANITIZERS) - len(job.result["results"])
+    share = job.budget.left() / remaining - 20
+    done = execute(command, share, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    about = {"tool": name, "backend": backend, "status": done.status}
+    found = {**about, **sanitizer_report(done.output)}
+    job.result["results"].append(found)
+    what = f"{name} {backend}"
+    job.rows[what] = {key: found[key] for key in (*about, "errors", "kernels")}
+    if done.status != 0 or found["errors"] != 0:
+        job.fail(what, f"{found['errors']} errors, status {done.status}\n{done.output[-300:]}")
+    job.save()

@@ -36,17 +36,17 @@ from fastunet.memory import measure_allocations, saved_for_backward
 
 from .job import Job
 
-TRITON, REFERENCE = f"{FASTUNET} triton", f"{FASTUNET} reference"
+TRITON, CUDA, REFERENCE = (f"{FASTUNET} {name}" for name in ("triton", "cuda", "reference"))
 # Who runs against both eager layouts, interleaved; all cases of one line before the next.
 LINES = (
-    (REFERENCE, f"{TRITON} graph", TRITON),
+    (REFERENCE, CUDA, f"{TRITON} graph", TRITON),
     (TRITON, COMPILED),
     (TRITON, BUDGETED),
     (TRITON, AUTOTUNED),
 )
 MEMORY_NETWORKS = [network for network in GPU_NETWORKS if network.batch == 4]
 MEMORY = (
-    *(TRITON, f"{TRITON} checkpoint"),
+    *(TRITON, f"{TRITON} checkpoint", CUDA),
     *(CONTIGUOUS, CHANNELS_LAST, f"{CHANNELS_LAST} checkpoint", COMPILED),
 )
 # What each way of running a network is called in fastunet.bound.
@@ -139,7 +139,7 @@ def add(job: Job, found: dict[str, Any], limit: dict[str, float]) -> None:
 def operators(
     job: Job,
     shapes: Shapes = GPU_SHAPES,
-    names: Sequence[str] = (REFERENCE, TRITON),
+    names: Sequence[str] = (REFERENCE, CUDA, TRITON),
     **sizes: int,
 ) -> None:
     """Each operator in the backends ``names``. GB/s count what a case reads and its results, once

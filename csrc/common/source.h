@@ -1,41 +1,10 @@
-// Views of channels-last maps, and the pending affine and activation of a source.
+// The pending affine and activation of a source, by vectors of channels.
 #pragma once
 
-#include "common/require.h"
+#include "common/map.h"
 #include "common/vec.h"
 
 namespace fastunet {
-
-// [N, C, H, W] with channels adjacent; strides in elements. A map may be a channel slice of a
-// wider one, so the pixel stride `sw` can exceed C.
-template <class T>
-struct Map {
-  T* data;
-  int64_t N, C, H, W;
-  int64_t sn, sh, sw;
-
-  T* at(int64_t n, int64_t h, int64_t w = 0) const { return data + n * sn + h * sh + w * sw; }
-  Map<const T> read_only() const { return {data, N, C, H, W, sn, sh, sw}; }
-};
-
-// A map without gaps between pixels.
-template <class T>
-Map<T> dense(T* data, int64_t N, int64_t C, int64_t H, int64_t W) {
-  return {data, N, C, H, W, H * W * C, W * C, C};
-}
-
-// z = act(scale * (y - center) + shift), one row of C values per sample or one for all;
-// the activation multiplies negative values by `slope` (0: ReLU, 1: none).
-template <class T>
-struct Source {
-  using A = acc_t<T>;
-  Map<const T> y;
-  const A* center;
-  const A* scale;
-  const A* shift;
-  int64_t row_stride;  // 0: one row for all samples
-  A slope;
-};
 
 // The values of one group of channels of a source, in registers.
 template <class A>
@@ -64,8 +33,5 @@ struct Channels {
     return t <= 0 ? (slope == 0 ? vec<A>{} : dz * slope) : dz;
   }
 };
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0); }
 
 }  // namespace fastunet

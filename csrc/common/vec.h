@@ -2,9 +2,9 @@
 // whatever the build's instruction set offers (two SSE registers, one AVX2 register, NEON, ...).
 #pragma once
 
-#include <cstdint>
 #include <cstring>
-#include <type_traits>
+
+#include "common/map.h"
 
 #ifdef __F16C__
 #include <immintrin.h>
@@ -19,9 +19,6 @@ struct bf16 {
 struct f16 {
   uint16_t bits;
 };
-
-template <class T>
-using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 #ifdef __AVX512F__
 inline constexpr int kLanes = 16;

@@ -26,7 +26,7 @@ void conv_norm_act(Tensor out, FASTUNET_SOURCE_PARAMETERS, const Tensor weight, 
     using T = decltype(t);
     const Map<T> to = output_map<T>(out, "out");
     const Weight w = weight_view(weight, false);
-    const Identity identity(w.K);
+    const Identity<float> identity(w.K);
     const Input<T> in = input<T>(to, identity, {FASTUNET_SOURCE_ARGUMENTS});
     require(in.C == w.K && to.C == w.N, "weight must fit ", in.C, " input and ", to.C,
             " output channels, got ", shape(weight));
@@ -94,7 +94,7 @@ void conv_norm_act_bwd(MaybeTensor dweight, Tensor dgamma, Tensor dbeta, MaybeTe
   dispatch_fp32_arithmetic(dy.scalar_type(), [&](auto t) {
     using T = decltype(t);
     const Map<const T> from = dense_map<const T>(dy, "dy");
-    const Identity identity(std::max(weight.size(0), weight.size(1)));
+    const Identity<float> identity(std::max(weight.size(0), weight.size(1)));
     const Input<T> x = input<T>(from, identity, {FASTUNET_SOURCE_ARGUMENTS});
     require(weight.size(0) == from.C && weight.size(1) == x.C, "weight must be [", from.C, ", ",
             x.C, ", 3, 3], got ", shape(weight));

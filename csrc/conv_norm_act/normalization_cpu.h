@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common/reduction.h"
+#include "common/require.h"
 
 namespace fastunet {
 

@@ -18,7 +18,7 @@ void conv_transpose(Tensor out, const Tensor y, const MaybeTensor center, const 
   dispatch_fp32_arithmetic(out.scalar_type(), [&](auto t) {
     using T = decltype(t);
     const Map<T> to = output_map<T>(out, "out");
-    const Identity identity(y.size(1));
+    const Identity<float> identity(y.size(1));
     const Input<T> in = input<T>(size_of<T>(y, to.H / 2, to.W / 2), identity,
                                  {{first, center, scale, shift, slope, mode}});
     require(weight.dim() == 4 && weight.is_contiguous() && weight.size(0) == in.C &&
@@ -38,7 +38,7 @@ void conv_transpose_bwd(MaybeTensor dweight, Tensor dbias, MaybeTensor dy0, Mayb
   dispatch_fp32_arithmetic(dy.scalar_type(), [&](auto t) {
     using T = decltype(t);
     const Map<const T> from = map<const T>(dy, "dy");
-    const Identity identity(y.size(1));
+    const Identity<float> identity(y.size(1));
     const Input<T> in = input<T>(size_of<T>(y, from.H / 2, from.W / 2), identity,
                                  {{first, center, scale, shift, slope, mode}});
     require(weight.is_contiguous() && weight.numel() == in.C * from.C * kWindow,

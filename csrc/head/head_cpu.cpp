@@ -28,12 +28,13 @@ Logits<T> logits_view(const Tensor& t, const Map<const std::remove_const_t<T>>& 
   return {data<T>(t, "logits"), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
 }
 
-void head(Tensor out, const Tensor y, const Tensor center, const Tensor scale, const Tensor shift,
-          double slope, const Tensor weight, const MaybeTensor bias) {
+void head(Tensor out, const Tensor y, const MaybeTensor center, const MaybeTensor scale,
+          const MaybeTensor shift, double slope, const Tensor weight, const MaybeTensor bias) {
   dispatch(y.scalar_type(), [&](auto t) {
     using T = decltype(t);
     using A = acc_t<T>;
-    const Source<T> s = source<T>(y, center, scale, shift, slope);
+    const Identity<acc_t<T>> identity(y.size(1));
+    const Source<T> s = identity.fill(source<T>(y, center, scale, shift, slope));
     const int64_t K = weight.size(0);
     const A* w = rows<const A>(weight, K * s.y.C, "weight");
     const A* b = rows<const A>(bias, K, "bias");
@@ -48,13 +49,14 @@ void head(Tensor out, const Tensor y, const Tensor center, const Tensor scale, c
 }
 
 void head_bwd(MaybeTensor dy, MaybeTensor dscale, MaybeTensor dshift, Tensor dweight, Tensor dbias,
-              const Tensor dlogits, const Tensor y, const Tensor center, const Tensor scale,
-              const Tensor shift, double slope, const Tensor weight) {
+              const Tensor dlogits, const Tensor y, const MaybeTensor center,
+              const MaybeTensor scale, const MaybeTensor shift, double slope, const Tensor weight) {
   dispatch(y.scalar_type(), [&](auto t) {
     using T = decltype(t);
     using A = acc_t<T>;
-    const Source<T> s = source<T>(y, center, scale, shift, slope);
-    const int64_t C = s.y.C, K = weight.size(0), rows_out = center.size(0);
+    const Identity<acc_t<T>> identity(y.size(1));
+    const Source<T> s = identity.fill(source<T>(y, center, scale, shift, slope));
+    const int64_t C = s.y.C, K = weight.size(0), rows_out = scale ? scale->size(0) : 0;
     const A* w = rows<const A>(weight, K * C, "weight");
     const Logits<const T> from = logits_view<const T>(dlogits, s.y, K);
     Map<T> to{};
@@ -89,11 +91,11 @@ void head_bwd(MaybeTensor dy, MaybeTensor dscale, MaybeTensor dshift, Tensor dwe
 }  // namespace
 
 FASTUNET_KERNEL(head,
-                "head(Tensor(a!) out, Tensor y, Tensor center, Tensor scale, Tensor shift, "
+                "head(Tensor(a!) out, Tensor y, Tensor? center, Tensor? scale, Tensor? shift, "
                 "float slope, Tensor weight, Tensor? bias) -> ()")
 FASTUNET_KERNEL(head_bwd,
                 "head_bwd(Tensor(a!)? dy, Tensor(b!)? dscale, Tensor(c!)? dshift, "
-                "Tensor(d!) dweight, Tensor(e!) dbias, Tensor dlogits, Tensor y, Tensor center, "
-                "Tensor scale, Tensor shift, float slope, Tensor weight) -> ()")
+                "Tensor(d!) dweight, Tensor(e!) dbias, Tensor dlogits, Tensor y, Tensor? center, "
+                "Tensor? scale, Tensor? shift, float slope, Tensor weight) -> ()")
 
 }  // namespace fastunet

@@ -24,30 +24,18 @@ struct SourceArguments {
 #define FASTUNET_SOURCE_ARGUMENTS \
   {y0, center0, scale0, shift0, slope0, mode0}, { y1, center1, scale1, shift1, slope1, mode1 }
 
-// An identity affine, for plain maps.
-struct Identity {
-  std::vector<float> zeros, ones;
-  explicit Identity(int64_t C) : zeros(C, 0.0f), ones(C, 1.0f) {}
-
-  template <class T>
-  Source<T> of(const Map<const T>& y) const {
-    return {y, zeros.data(), ones.data(), zeros.data(), 0, 1};
-  }
-};
-
 template <class T, class Size>
-Input<T> input(const Map<Size>& size, const Identity& identity,
+Input<T> input(const Map<Size>& size, const Identity<float>& identity,
                std::initializer_list<SourceArguments> arguments) {
   Input<T> in{{}, size.N, size.H, size.W, 0};
   for (const SourceArguments& a : arguments) {
     if (!a.y) continue;
     const Mode mode = checked_mode(a.mode);
-    const auto m = map<const T>(*a.y, "y");
-    require(m.N == size.N, "sources must have the samples of the output, ", size.N, ", got ", m.N);
-    const Source<T> s =
-        a.scale ? source<T>(*a.y, *a.center, *a.scale, *a.shift, a.slope) : identity.of<T>(m);
+    const Source<T> s = identity.fill(source<T>(*a.y, a.center, a.scale, a.shift, a.slope));
+    require(s.y.N == size.N, "sources must have the samples of the output, ", size.N, ", got ",
+            s.y.N);
     in.sources.emplace_back(s, mode, a.scale ? Load::affine : Load::plain);
-    in.C += m.C;
+    in.C += s.y.C;
   }
   return in;
 }

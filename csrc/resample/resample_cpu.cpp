@@ -5,12 +5,13 @@
 namespace fastunet {
 namespace {
 
-void resample(Tensor out, const Tensor y, const Tensor center, const Tensor scale,
-              const Tensor shift, double slope, int64_t mode_number) {
+void resample(Tensor out, const Tensor y, const MaybeTensor center, const MaybeTensor scale,
+              const MaybeTensor shift, double slope, int64_t mode_number) {
   const Mode mode = checked_mode(mode_number);
   dispatch(y.scalar_type(), [&](auto t) {
     using T = decltype(t);
-    const Source<T> s = source<T>(y, center, scale, shift, slope);
+    const Identity<acc_t<T>> identity(y.size(1));
+    const Source<T> s = identity.fill(source<T>(y, center, scale, shift, slope));
     const Map<T> to = output_map<T>(out, "out");
     require(to.N == s.y.N && to.C == s.y.C, "out must have the source's samples and channels, got ",
             shape(out), " for ", shape(y));
@@ -30,20 +31,21 @@ void resample(Tensor out, const Tensor y, const Tensor center, const Tensor scal
 }
 
 void resample_bwd(Tensor dy, MaybeTensor dscale, MaybeTensor dshift, const Tensor dz,
-                  const Tensor y, const Tensor center, const Tensor scale, const Tensor shift,
-                  double slope, int64_t mode_number) {
+                  const Tensor y, const MaybeTensor center, const MaybeTensor scale,
+                  const MaybeTensor shift, double slope, int64_t mode_number) {
   const Mode mode = checked_mode(mode_number);
   dispatch(y.scalar_type(), [&](auto t) {
     using T = decltype(t);
     using A = acc_t<T>;
-    const Source<T> s = source<T>(y, center, scale, shift, slope);
+    const Identity<acc_t<T>> identity(y.size(1));
+    const Source<T> s = identity.fill(source<T>(y, center, scale, shift, slope));
     const Map<T> to = output_map<T>(dy, "dy");
     const Map<const T> from = map<const T>(dz, "dz");
     require(to.N == s.y.N && to.C == s.y.C && to.H == s.y.H && to.W == s.y.W,
             "dy must have the shape of y, got ", shape(dy), " for ", shape(y));
     require(from.N == s.y.N && from.C == s.y.C, "dz must have the source's samples and channels, ",
             "got ", shape(dz), " for ", shape(y));
-    const int64_t C = s.y.C, rows_out = center.size(0);
+    const int64_t C = s.y.C, rows_out = scale ? scale->size(0) : 0;
     A* dscale_out = rows<A>(dscale, rows_out * C, "dscale");
     A* dshift_out = rows<A>(dshift, rows_out * C, "dshift");
     resample_map_bwd<T>(s, mode, UpsampleTaps<A>(mode, s.y.H, s.y.W), from, to, dscale_out,
@@ -54,10 +56,11 @@ void resample_bwd(Tensor dy, MaybeTensor dscale, MaybeTensor dshift, const Tenso
 }  // namespace
 
 FASTUNET_KERNEL(resample,
-                "resample(Tensor(a!) out, Tensor y, Tensor center, Tensor scale, Tensor shift, "
+                "resample(Tensor(a!) out, Tensor y, Tensor? center, Tensor? scale, Tensor? shift, "
                 "float slope, int mode) -> ()")
-FASTUNET_KERNEL(resample_bwd,
-                "resample_bwd(Tensor(a!) dy, Tensor(b!)? dscale, Tensor(c!)? dshift, Tensor dz, "
-                "Tensor y, Tensor center, Tensor scale, Tensor shift, float slope, int mode) -> ()")
+FASTUNET_KERNEL(
+    resample_bwd,
+    "resample_bwd(Tensor(a!) dy, Tensor(b!)? dscale, Tensor(c!)? dshift, Tensor dz, "
+    "Tensor y, Tensor? center, Tensor? scale, Tensor? shift, float slope, int mode) -> ()")
 
 }  // namespace fastunet

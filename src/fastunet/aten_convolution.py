@@ -11,10 +11,19 @@ import torch
 from torch import Tensor
 
 from fastunet.activation import Activation
+from fastunet.maps import empty_map
 
 # stride, padding, dilation, transposed, output padding, groups
 CONVOLUTION = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+STRIDED = ([2, 2], [0, 0], [1, 1], False, [0, 0], 1)
 TRANSPOSED = ([2, 2], [0, 0], [1, 1], True, [0, 0], 1)
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """How a product of fp32 values is formed: as PyTorch's convolutions are asked to."""
+    if dtype != torch.float32 or torch.backends.cudnn.conv.fp32_precision == "tf32":  # type: ignore[attr-defined]
+        return "tf32"
+    return "ieee"
 
 
 @contextlib.contextmanager
@@ -45,7 +54,7 @@ def convolution_input_grad(dy: Tensor, weight: Tensor) -> Tensor:
     """The gradient of the convolution's input, channels_last."""
     low = weight.to(dy.dtype)
     # convolution_backward wants the input in memory, although it does not read it.
-    unread = dy.new_empty((dy.size(0), weight.size(1), dy.size(2), dy.size(3)))
+    unread = empty_map(dy, weight.size(1), (dy.size(2), dy.size(3)))
     dy, unread = favoured_layout(low, dy, unread, deep=2.5)
     with deterministic(dy):
         dx = torch.ops.aten.convolution_backward(
@@ -54,22 +63,14 @@ def convolution_input_grad(dy: Tensor, weight: Tensor) -> Tensor:
     return dx.contiguous(memory_format=torch.channels_last)
 
 
-def convolution_weight_grad(
-    kernels: ModuleType, dy: Tensor, sources: Sequence[Activation], weight: Tensor
-) -> Tensor:
-    """Source by source, so that the concatenation need not exist."""
-    grads, channel = [], 0
-    for source in sources:
-        x = gather(kernels, [source])
-        low = weight.narrow(1, channel, x.size(1)).to(x.dtype)
-        channel += x.size(1)
-        grad, x = favoured_layout(low, dy, x, deep=2.5)
-        with deterministic(x):
-            _, dweight, _ = torch.ops.aten.convolution_backward(
-                grad, x, low, None, *CONVOLUTION, [False, True, False]
-            )
-        grads.append(dweight)
-    return torch.cat(grads, 1)
+def convolution_weight_grad(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """The weight's gradient; only its shape counts."""
+    low = weight.to(x.dtype)
+    dy, x = favoured_layout(low, dy, x, deep=2.5)
+    with deterministic(x):
+        return torch.ops.aten.convolution_backward(
+            dy, x, low, None, *CONVOLUTION, [False, True, False]
+        )[1]
 
 
 def transposed(
@@ -83,21 +84,24 @@ def transposed(
     return y.contiguous(memory_format=torch.channels_last)
 
 
-def transposed_bwd(
-    kernels: ModuleType, dy: Tensor, source: Activation, needs: Sequence[bool], weight: Tensor
-) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """dx, dweight, dbias; needs: weight, source."""
-    need_weight, need_source = needs
-    x = gather(kernels, [source])
+def transposed_input_grad(dy: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of the transposed convolution's input, channels_last: an ordinary convolution
+    of stride 2."""
+    dy = dy.contiguous(memory_format=torch.channels_last)
+    with deterministic(dy):
+        dx = torch.ops.aten.convolution(dy, weight.to(dy.dtype), None, *STRIDED)
+    return dx.contiguous(memory_format=torch.channels_last)
+
+
+def transposed_parameter_grads(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """dweight, dbias."""
+    dy = dy.contiguous(memory_format=torch.channels_last)
     with deterministic(x):
-        return torch.ops.aten.convolution_backward(
-            dy.contiguous(memory_format=torch.channels_last),
-            x,
-            weight.to(x.dtype),
-            [weight.size(1)],
-            *TRANSPOSED,
-            [need_source, need_weight, True],
+        _, dweight, dbias = torch.ops.aten.convolution_backward(
+            *(dy, x, weight.to(x.dtype), [weight.size(1)], *TRANSPOSED),
+            [False, True, True],
         )
+    return dweight, dbias
 
 
 def gather(kernels: ModuleType, sources: Sequence[Activation]) -> Tensor:
@@ -105,12 +109,7 @@ def gather(kernels: ModuleType, sources: Sequence[Activation]) -> Tensor:
     if len(sources) == 1 and not sources[0].pending:
         return sources[0].y.contiguous(memory_format=torch.channels_last)
     y, channel = sources[0].y, 0
-    x = torch.empty(
-        (y.size(0), sum(s.y.size(1) for s in sources), *sources[0].size),
-        dtype=y.dtype,
-        device=y.device,
-        memory_format=torch.channels_last,
-    )
+    x = empty_map(y, sum(s.y.size(1) for s in sources), sources[0].size)
     for source in sources:
         channels = source.y.size(1)
         kernels.resample(source, out=x.narrow(1, channel, channels))

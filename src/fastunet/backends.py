@@ -1,20 +1,26 @@
 """Which backend serves an operator: an explicit choice, or the fastest one that can.
 
-A backend is a module of plain functions (``reference``, ``cpu``, ``triton``), one per operator and
-one per operator's backward, and a predicate ``why_not(tensor)``.
+A backend is a module of plain functions (``reference``, ``cpu``, ``triton``, ``cuda``), one per
+operator and one per operator's backward, and a predicate ``why_not(tensor)``.
 """
 
 import contextlib
 import functools
 import importlib
 import os
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 from torch import Tensor
 
-# In the order of preference.
-BACKENDS = ("cpu", "triton", "reference")
+from .activation import Activation
+
+# In the order of preference: for what has products, and for passes over memory alone.
+BACKENDS = ("cpu", "triton", "cuda", "reference")
+AROUND = ("cpu", "cuda", "triton", "reference")
+PRODUCTS = ("conv_norm_act", "conv_transpose", "head")
 AUTO = "auto"
+Convolves = Callable[[ModuleType], bool]
 
 
 def _checked(name: str, origin: str) -> str:
@@ -38,8 +44,8 @@ def backend(name: str):
     An explicit choice never falls back: where the backend cannot serve, it raises with the reason.
 
     Args:
-        name: ``reference`` (plain PyTorch, any device), ``cpu`` (compiled C++), ``triton`` (GPUs)
-            or ``auto``.
+        name: ``reference`` (plain PyTorch, any device), ``cpu`` (compiled C++), ``triton`` or
+            ``cuda`` (GPUs; the second with PyTorch's convolutions) or ``auto``.
     """
     global _requested
     previous = _requested
@@ -64,19 +70,38 @@ def why_not(name: str, operator: str, x: Tensor) -> str:
     return why
 
 
-def choose(operator: str, x: Tensor) -> tuple[str, dict[str, str]]:
-    """The backend that is chosen automatically, and why not those before it."""
+def choose(
+    operator: str, x: Tensor, convolves: Convolves | None = None
+) -> tuple[str, dict[str, str]]:
+    """The backend that is chosen automatically, and why not those before it.
+
+    convolves: whether a backend has a convolution for the layer. Where none has, PyTorch's is
+    used, and the backend is chosen for the passes around it.
+    """
     refused: dict[str, str] = {}
-    for name in BACKENDS:
-        why = why_not(name, operator, x)
-        if not why:
-            return name, refused
-        refused[name] = why
-    raise RuntimeError(f"no backend can serve this: {refused}")
+
+    def serves(name: str) -> bool:
+        if name not in refused:
+            refused[name] = why_not(name, operator, x)
+        return not refused[name]
+
+    def first(order: tuple[str, ...], suits: Convolves | None) -> str | None:
+        candidates = (name for name in order if serves(name))
+        return next((n for n in candidates if suits is None or suits(module(n))), None)
+
+    order = BACKENDS if operator in PRODUCTS else AROUND
+    name = first(order, convolves)
+    if name is None:
+        order = AROUND
+        name = first(order, None)
+    if name is None:
+        raise RuntimeError(f"no backend can serve this: {refused}")
+    before = order[: order.index(name)]
+    return name, {other: refused[other] for other in before if refused[other]}
 
 
-def select(name: str, operator: str, x: Tensor) -> ModuleType:
-    """The backend for an operator on ``x``.
+def select(name: str, operator: str, x: Tensor, convolves: Convolves | None = None) -> ModuleType:
+    """The backend for an operator on ``x``; convolves: as ``choose`` takes it.
 
     Raises:
         RuntimeError: where the explicitly chosen backend cannot serve, with the reason.
@@ -86,4 +111,15 @@ def select(name: str, operator: str, x: Tensor) -> ModuleType:
         if why := chosen.why_not(x):
             raise RuntimeError(f"backend {name!r} cannot serve this: {why}")
         return chosen
-    return module(choose(operator, x)[0])
+    return module(choose(operator, x, convolves)[0])
+
+
+def select_convolution(
+    name: str, kind: str, sources: Sequence[Activation], weight: Tensor
+) -> ModuleType:
+    """The backend for a layer; kind: the operator, with ``_bwd`` for the way back."""
+
+    def convolves(kernels: ModuleType) -> bool:
+        return kernels.convolves(kind, sources, weight)
+
+    return select(name, kind.removesuffix("_bwd"), sources[0].y, convolves)

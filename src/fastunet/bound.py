@@ -1,11 +1,14 @@
 """The least time that a U-Net can take on a GPU, counted from its FLOPs and the bytes it moves.
 
-Three ways of running the same network (BatchNorm, ReLU) are counted, each as the kernels that it
+Four ways of running the same network (BatchNorm, ReLU) are counted, each as the kernels that it
 launches:
 
 * ``eager``: PyTorch, one kernel per operation, channels_last.
 * ``compile``: ``torch.compile``. What is done value by value is one kernel, convolutions are not
   part of it.
+* ``around``: FastUNet with cuDNN's convolutions. What is pending is done by one pass that makes the
+  convolution's input; in backward, a pass makes that input again while it makes the gradient of
+  what it is made of.
 * ``fused``: FastUNet. A convolution reads raw outputs of convolutions and does on load what is
   pending; statistics, masks and the sums of BatchNorm's backward are formed on store.
 
@@ -21,7 +24,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes
-MODELS = {"eager": "eager", "compile": "torch.compile", "fused": "fused"}
+MODELS = {
+    "eager": "eager",
+    "compile": "torch.compile",
+    "around": "around cuDNN",
+    "fused": "fused",
+}
 PHASES = ("forward", "backward", "inference")
 Size = tuple[int, int]  # height, width
 
@@ -39,14 +47,16 @@ Size = tuple[int, int]  # height, width
 #   q  z if a convolution reads it; otherwise nothing, as compile forms it again from y
 #
 # So one 3x3 layer with Cin = Cout moves, in 16 bit, per pixel and channel: forward 14 B (eager),
-# 10 (compile), 4 (fused); backward 24, 22, 16.
+# 10 (compile), 10 (around), 4 (fused); backward 24, 22, 22, 16.
 #
 # Sources. eager, ATen: max_pool2d always forms indices (Pooling.cpp), a convolution by cuDNN adds
 # its bias in another kernel (Convolution.cpp), constant_pad_nd copies even where it pads by nothing
 # (PadNd.cpp), cat's backward is two views. compile, TorchInductor: a convolution is a call of
 # cuDNN, its input exists in memory and is saved; work value by value fuses, also with a reduction,
 # and is repeated in backward rather than saved (seen in what torch 2.13 saves); max-pooling keeps
-# int8 offsets. fused, docs/design.md: all that a tile of a convolution can do on load and on store
+# int8 offsets. around, csrc/resample: a source that is upsampled is made
+# again by a pass of its own, whose second reading of the smaller map is not counted. fused,
+# docs/design.md: all that a tile of a convolution can do on load and on store
 # is done there; the gradient of a bilinear upsampling, whose sums reach across tiles, is not.
 KERNELS: dict[str, dict[str, dict[str, str]]] = {
     "conv": {
@@ -61,6 +71,12 @@ KERNELS: dict[str, dict[str, dict[str, str]]] = {
             "backward": "relu reduce: dz y q ->; relu apply: dz y q -> dy;"
             "dgrad: dy w -> dx; wgrad: x dy -> dw",
             "inference": "conv: x w -> y; normalize relu: y -> z",
+        },
+        "around": {
+            "forward": "resample: s -> x; conv: x w -> y; statistics: y ->",
+            "backward": "apply: dt y -> dy; dgrad: dy w -> dx; resample: dx s -> ds x;"
+            "wgrad: x dy -> dw",
+            "inference": "resample: s -> x; conv: x w -> y",
         },
         "fused": {
             "forward": "conv statistics: s w -> y",
@@ -78,6 +94,7 @@ KERNELS: dict[str, dict[str, dict[str, str]]] = {
             "backward": "max-pool add skip: dp j dz -> dz",
             "inference": "max-pool: z -> p",
         },
+        "around": {"forward": "", "backward": "add skip: dz dz -> dz"},
         "fused": {"forward": "", "backward": ""},
     },
     "transposed": {
@@ -88,6 +105,10 @@ KERNELS: dict[str, dict[str, dict[str, str]]] = {
         "compile": {
             "forward": "conv: x w -> u; bias pad cat: k u -> c",
             "backward": "pad bias: dv -> du; dgrad: du w -> dx; wgrad: x du -> dw",
+        },
+        "around": {
+            "forward": "resample: x -> x; conv: x w -> u; bias: u -> u",
+            "backward": "bias: du ->; dgrad: du w -> dx; resample: dx x -> dx x; wgrad: x du -> dw",
         },
         "fused": {
             "forward": "conv bias: x w -> u",
@@ -103,6 +124,7 @@ KERNELS: dict[str, dict[str, dict[str, str]]] = {
             "forward": "upsample pad cat: k x -> c",
             "backward": "pad upsample: dv -> dx",
         },
+        "around": {"forward": "", "backward": ""},
         "fused": {"forward": "", "backward": "upsample relu reduce: dv x -> dx"},
     },
     "head": {
@@ -114,6 +136,10 @@ KERNELS: dict[str, dict[str, dict[str, str]]] = {
             "forward": "conv: x w -> l",
             "backward": "dgrad: dl w -> dx; wgrad: x dl -> dw",
         },
+        "around": {
+            "forward": "resample: x -> x; conv: x w -> l; bias: l -> l",
+            "backward": "bias: dl ->; dgrad: dl w -> dx; resample: dx x -> dx x; wgrad: x dl -> dw",
+        },
         "fused": {
             "forward": "conv bias: x w -> l",
             "backward": "dgrad wgrad relu reduce bias: dl w x -> dx dw",
@@ -123,11 +149,11 @@ KERNELS: dict[str, dict[str, dict[str, str]]] = {
 
 # The maps that each layer keeps for backward, by the same letters; `image` is the network's input.
 SAVED: dict[str, dict[str, str]] = {
-    "conv": {"eager": "image y z", "compile": "image y q", "fused": "image y"},
-    "pool": {"eager": "p i", "compile": "p j", "fused": ""},
-    "transposed": {"eager": "c", "compile": "c", "fused": "u"},
-    "bilinear": {"eager": "c", "compile": "c", "fused": ""},
-    "head": {"eager": "", "compile": "", "fused": ""},
+    "conv": {"eager": "image y z", "compile": "image y q", "around": "image y", "fused": "image y"},
+    "pool": {"eager": "p i", "compile": "p j", "around": "", "fused": ""},
+    "transposed": {"eager": "c", "compile": "c", "around": "u", "fused": "u"},
+    "bilinear": {"eager": "c", "compile": "c", "around": "", "fused": ""},
+    "head": {"eager": "", "compile": "", "around": "", "fused": ""},
 }
 
 # Dense tensor-core TFLOP/s in 16 bit (fp32 accumulation) and in TF32, TB/s. From NVIDIA's data
@@ -216,6 +242,8 @@ class Layer:
             words = name.split()
             if "dgrad" in words and not self.dgrad:
                 continue
+            if words == ["resample"] and self.reads == "plain":
+                continue  # the image, which is not differentiated either
             products = sum(word in ("conv", "dgrad", "wgrad") for word in words)
             nbytes = sum(self.bytes_of(letter) for letter in maps.split() if letter != "->")
             yield Kernel(name, products * self.flops, nbytes)

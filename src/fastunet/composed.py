@@ -141,23 +141,36 @@ def conv_norm_act_bwd(
         shape = (sources[0].y.size(0), weight.size(0), *sources[0].size)
         total = sources[0].y.new_zeros(shape) if grads.dy is None else grads.dy
 
+    # Source by source, so that neither the concatenation nor its gradient need exist.
     need_weight, *need_sources = needs
-    dweight = None
-    if need_weight:
-        dweight = aten_convolution.convolution_weight_grad(kernels, total, sources, weight)
-        dweight = like_parameter(dweight, weight)
-    # Source by source, so that the gradient of the concatenation need not exist.
-    of_sources, channel = [], 0
+    of_weight, of_sources, channel = [], [], 0
     for source, need_source in zip(sources, need_sources, strict=True):
         channels = source.y.size(1)
-        grads_of_source = SourceGrads()
-        if need_source:
-            part = weight.narrow(1, channel, channels)
-            dx = aten_convolution.convolution_input_grad(total, part)
-            grads_of_source = SourceGrads(*kernels.resample_bwd(source, dx))
-        of_sources.append(grads_of_source)
+        part = weight.narrow(1, channel, channels)
         channel += channels
+        x, grads_of_source = None, SourceGrads()
+        if need_source:
+            dx = aten_convolution.convolution_input_grad(total, part)
+            x, grads_of_source = source_grads(kernels, source, dx, need_weight)
+            del dx
+        of_sources.append(grads_of_source)
+        if need_weight:
+            if x is None:
+                x = aten_convolution.gather(kernels, [source])
+            of_weight.append(aten_convolution.convolution_weight_grad(total, x, part))
+    dweight = like_parameter(torch.cat(of_weight, 1), weight) if need_weight else None
     return dweight, dbias, dgamma, dbeta, of_sources
+
+
+def source_grads(
+    kernels: ModuleType, source: Activation, dx: Tensor, need_map: bool
+) -> tuple[Tensor | None, SourceGrads]:
+    """What flows back to a source; and its map, where that is needed next and one pass makes
+    both."""
+    if need_map and source.scale is not None and hasattr(kernels, "resample_with_bwd"):
+        x, grads = kernels.resample_with_bwd(source, dx)
+        return x, SourceGrads(*grads)
+    return None, SourceGrads(*kernels.resample_bwd(source, dx))
 
 
 def dbias_of(
@@ -208,9 +221,18 @@ def conv_transpose_bwd(
     if kernels.convolves("conv_transpose_bwd", [source], weight):
         dweight, dbias, grads = kernels.conv_transpose_bwd(dy, source, needs, weight)
         return like_parameter(dweight, weight), dbias, SourceGrads(*grads)
-    dx, dweight, dbias = aten_convolution.transposed_bwd(kernels, dy, source, needs, weight)
-    of_source = SourceGrads() if dx is None else SourceGrads(*kernels.resample_bwd(source, dx))
-    return like_parameter(dweight, weight), dbias.to(accumulate_dtype(dy.dtype)), of_source
+    need_weight, need_source = needs
+    x, grads_of_source = None, SourceGrads()
+    if need_source:
+        dx = aten_convolution.transposed_input_grad(dy, weight)
+        x, grads_of_source = source_grads(kernels, source, dx, need_weight)
+    if x is None and need_weight:
+        x = aten_convolution.gather(kernels, [source])
+    if x is None:
+        dweight, dbias = None, dy.sum((0, 2, 3), dtype=accumulate_dtype(dy.dtype))
+    else:
+        dweight, dbias = aten_convolution.transposed_parameter_grads(dy, x, weight)
+    return like_parameter(dweight, weight), dbias.to(accumulate_dtype(dy.dtype)), grads_of_source
 
 
 def like_parameter(grad: Tensor | None, parameter: Tensor) -> Tensor | None:

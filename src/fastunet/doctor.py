@@ -9,6 +9,7 @@ import torch
 from . import backends, extension
 
 OPERATORS = ("conv_norm_act", "conv_transpose", "resample", "head")
+AROUND = "around PyTorch's convolutions"
 
 
 def report() -> dict[str, Any]:
@@ -28,19 +29,24 @@ def report() -> dict[str, Any]:
         "gpus": gpus,
         "compiled_kernels": build,
         "why_not_compiled": why_not_compiled,
+        "why_no_cuda_kernels": extension.load_cuda(),
         "operators": [
             serving(device, dtype, operator)
             for device in devices
             for dtype in (torch.float32, torch.bfloat16)
-            for operator in OPERATORS
+            for operator in (*OPERATORS, AROUND)
         ],
     }
 
 
 def serving(device: str, dtype: torch.dtype, operator: str) -> dict[str, Any]:
-    """The backend that `auto` takes for an operator, and why not those before it."""
+    """The backend that `auto` takes for an operator, and why not those before it; or for what is
+    done around a convolution that is left to PyTorch."""
     x = torch.empty(1, 1, 1, 1, device=device, dtype=dtype)
-    name, why_not = backends.choose(operator, x)
+    if operator == AROUND:
+        name, why_not = backends.choose("conv_norm_act", x, lambda kernels: False)
+    else:
+        name, why_not = backends.choose(operator, x)
     return {
         "device": device,
         "dtype": str(dtype).removeprefix("torch."),
@@ -65,7 +71,8 @@ def render(found: dict[str, Any]) -> str:
         f"torch {found['torch']} ({cuda}), triton {found['triton'] or 'not installed'}",
         f"CPU {found['machine']} {found['cpu_capability']}, {found['threads']} threads",
         f"GPU {', '.join(found['gpus']) or 'none'}",
-        f"compiled kernels: {found['compiled_kernels'] or found['why_not_compiled']}",
+        f"CPU kernels: {found['compiled_kernels'] or found['why_not_compiled']}",
+        f"CUDA kernels: {found['why_no_cuda_kernels'] or 'built'}",
         "operators:",
     ]
     for row in found["operators"]:

@@ -1,7 +1,8 @@
 """Which implementation serves a test.
 
-``backend``: both backends; ``compiled``: the kernels as this processor gets them; ``build``: each
-build of them; ``implementation``: all of these, for what arithmetic alone could break.
+``backend``: each backend that has kernels for the CPU; ``compiled``: the CPU's kernels as this
+processor gets them; ``build``: each build of them; ``implementation``: all of these, for what
+arithmetic alone could break. The backend ``cuda`` runs its kernels on the CPU (tests/host_cuda).
 """
 
 import pytest
@@ -56,19 +57,28 @@ def build(request, monkeypatch):
         yield request.param
 
 
-@pytest.fixture(params=["reference", "cpu"])
+def need_host_cuda():
+    if why := extension.load_cuda("cuda_host"):
+        pytest.skip(why)
+
+
+@pytest.fixture(params=["reference", "cpu", "cuda"])
 def backend(request):
     if request.param == "cpu" and extension.load()[0] is None:
         pytest.skip(f"the compiled kernels are missing: {extension.load()[1]}")
+    if request.param == "cuda":
+        need_host_cuda()
     with fastunet.backend(request.param):
         yield request.param
 
 
-@pytest.fixture(params=["reference", *(f"cpu_{build}" for build in BUILDS)])
+@pytest.fixture(params=["reference", "cuda", *(f"cpu_{build}" for build in BUILDS)])
 def implementation(request, monkeypatch):
     name, _, build = request.param.partition("_")
     if build:
         use_build(build, monkeypatch)
+    if name == "cuda":
+        need_host_cuda()
     with fastunet.backend(name):
         yield name
 

@@ -12,8 +12,7 @@ from .conv_norm_act import (
 )
 from .conv_transpose import conv_transpose, conv_transpose_bwd
 from .head import head, head_bwd
-from .normalization import normalization, normalization_bwd
-from .resample import resample, resample_bwd
+from .passes import normalization, normalization_bwd, resample, resample_bwd
 
 __all__ = [
     "conv_norm_act",

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from fastunet.activation import Activation
+from fastunet.compiled import NO_GRADS, Grads, empty_grads, flat
 from fastunet.extension import kernels
-from fastunet.maps import channel_adjacent, empty_map, empty_vectors
+from fastunet.maps import empty_map
 
 if TYPE_CHECKING:
     from fastunet.composed import Norm, SourceGrads
@@ -65,7 +66,7 @@ def conv_norm_act_bwd(
     center: Tensor,
     scale: Tensor,
     var: Tensor,
-) -> tuple[Tensor | None, Tensor, Tensor, list[tuple[Tensor | None, ...]]]:
+) -> tuple[Tensor | None, Tensor, Tensor, list[Grads]]:
     """dweight, dgamma, dbeta, and each source's dy, dscale, dshift."""
     dy, dscale, dshift = grads
     if dy is None:
@@ -73,7 +74,7 @@ def conv_norm_act_bwd(
     dweight = torch.empty(weight.shape) if needs[0] else None
     dgamma, dbeta = (center.new_empty(center.size(1)) for _ in range(2))
     of_sources = [
-        empty_grads(source) if need else (None, None, None)
+        empty_grads(source) if need else NO_GRADS
         for source, need in zip(sources, needs[1:], strict=True)
     ]
     kernels().conv_norm_act_bwd(
@@ -98,12 +99,6 @@ def conv_norm_act_bwd(
     return dweight, dgamma, dbeta, of_sources
 
 
-def empty_grads(source: Activation) -> tuple[Tensor | None, ...]:
-    y = source.y
-    dy = empty_map(y, y.size(1), (y.size(2), y.size(3)))
-    return (dy, None, None) if source.scale is None else (dy, *empty_vectors(source.scale))
-
-
 def as_kernel_weight(weight: Tensor) -> Tensor:
     """fp32, taps and input channels adjacent: so a slice of a contiguous weight is not copied."""
     weight = weight.float()
@@ -112,9 +107,3 @@ def as_kernel_weight(weight: Tensor) -> Tensor:
 
 def flatten(sources: Sequence[Activation]) -> tuple:
     return sum(map(flat, sources), ()) + NO_SOURCE * (2 - len(sources))
-
-
-def flat(source: Activation) -> tuple:
-    y, center, scale, shift, slope, mode = source[:6]
-    vectors = (None if v is None else v.contiguous() for v in (center, scale, shift))
-    return channel_adjacent(y), *vectors, slope, mode

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from fastunet.activation import Activation
+from fastunet.compiled import NO_GRADS, empty_grads, flat
 from fastunet.extension import kernels
 from fastunet.maps import channel_adjacent, empty_map
-
-from .conv_norm_act import empty_grads, flat
 
 
 def conv_transpose(source: Activation, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -26,7 +25,7 @@ def conv_transpose_bwd(
     """dweight, dbias and the source's dy, dscale, dshift; needs: weight, source."""
     dweight = torch.empty(weight.shape) if needs[0] else None
     dbias = torch.empty(weight.size(1))
-    of_source = empty_grads(source) if needs[1] else (None, None, None)
+    of_source = empty_grads(source) if needs[1] else NO_GRADS
     kernels().conv_transpose_bwd(
         dweight,
         dbias,

@@ -148,8 +148,9 @@ def sources_of(args: tuple) -> list[Activation]:
 
 def implementation(*args: Any) -> tuple[Tensor, ...]:
     weight, bias, *norm, backend = args[REST:]
-    kernels = backends.select(backend, "conv_norm_act", args[0])
-    return composed.conv_norm_act(kernels, sources_of(args), weight, bias, Norm(*norm))
+    sources = sources_of(args)
+    kernels = backends.select_convolution(backend, "conv_norm_act", sources, weight)
+    return composed.conv_norm_act(kernels, sources, weight, bias, Norm(*norm))
 
 
 def fake(*args: Any) -> tuple[Tensor, ...]:
@@ -166,10 +167,9 @@ def fake(*args: Any) -> tuple[Tensor, ...]:
 
 def implementation_folded(*args: Any) -> Tensor:
     weight, bias, *norm, slope, backend = args[REST:]
-    kernels = backends.select(backend, "conv_norm_act", args[0])
-    return composed.conv_norm_act_folded(
-        kernels, sources_of(args), weight, bias, Norm(*norm), slope
-    )
+    sources = sources_of(args)
+    kernels = backends.select_convolution(backend, "conv_norm_act", sources, weight)
+    return composed.conv_norm_act_folded(kernels, sources, weight, bias, Norm(*norm), slope)
 
 
 def fake_folded(*args: Any) -> Tensor:
@@ -181,7 +181,7 @@ def implementation_bwd(*args: Any) -> tuple[Tensor, ...]:
     weight, bias, kind, groups, eps, y, center, scale, var, needs, backend = args[REST:]
     sources = sources_of(args)
     dweight, dbias, dgamma, dbeta, of_sources = composed.conv_norm_act_bwd(
-        backends.select(backend, "conv_norm_act", args[0]),
+        backends.select_convolution(backend, "conv_norm_act_bwd", sources, weight),
         grads,
         sources,
         needs[: 1 + len(sources)],

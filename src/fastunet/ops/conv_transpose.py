@@ -46,7 +46,7 @@ REST = COUNT + 1
 def implementation(*args: Any) -> Tensor:
     source = unflatten(args[:COUNT], args[COUNT])
     weight, bias, backend = args[REST:]
-    kernels = backends.select(backend, "conv_transpose", args[0])
+    kernels = backends.select_convolution(backend, "conv_transpose", [source], weight)
     return composed.conv_transpose(kernels, source, weight, bias)
 
 
@@ -67,7 +67,7 @@ def fake(*args: Any) -> Tensor:
 def implementation_bwd(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
     source = unflatten(args[:COUNT], args[COUNT])
     weight, needs, backend = args[REST:]
-    kernels = backends.select(backend, "conv_transpose", args[0])
+    kernels = backends.select_convolution(backend, "conv_transpose_bwd", [source], weight)
     dweight, dbias, of_source = composed.conv_transpose_bwd(kernels, dy, source, needs, weight)
     return tuple(placeholder_for(t, args[0]) for t in (dweight, dbias, *of_source))
 

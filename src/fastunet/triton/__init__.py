@@ -6,6 +6,8 @@ Under ``TRITON_INTERPRET=1`` it serves CPU tensors, slowly: so the kernels can b
 import torch
 from torch import Tensor
 
+from fastunet import self_check
+
 try:
     import triton
 
@@ -14,8 +16,7 @@ try:
     from .head import head, head_bwd
     from .normalization import normalization, normalization_bwd
     from .resample import resample, resample_bwd
-    from .selection import convolves
-    from .self_check import distrusted
+    from .selection import convolves, version, ways
 except ImportError as error:
     MISSING = f"Triton is missing, or an old one ({error})"
 else:
@@ -35,6 +36,8 @@ __all__ = [
     "normalization_bwd",
     "resample",
     "resample_bwd",
+    "version",
+    "ways",
     "why_not",
 ]
 
@@ -58,3 +61,10 @@ def why_not(x: Tensor) -> str:
     if x.dtype == torch.bfloat16:
         return "Triton's interpreter takes float32 and float16, got torch.bfloat16"
     return ""
+
+
+def distrusted(operator: str, x: Tensor) -> str:
+    """Why the kernels are not to be chosen by themselves; empty where they are."""
+    if x.device.type != "cuda":
+        return "interpreted kernels are never chosen automatically"
+    return self_check.distrusted("triton", operator, x)

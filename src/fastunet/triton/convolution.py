@@ -15,6 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fastunet.aten_convolution import precision_of
+
 from .language import (
     Source,
     aligned,
@@ -269,13 +271,6 @@ def convolution_kernel(
         tl.store(out.y + at, y, mask=inside[:, None] & (o < outputs)[None, :])
     if parts.pixels is not None:
         tile_statistics(acc, inside, tile, o, outputs, parts)
-
-
-def precision_of(dtype: torch.dtype) -> str:
-    """How a product of fp32 values is formed: as PyTorch's convolutions are asked to."""
-    if dtype != torch.float32 or torch.backends.cudnn.conv.fp32_precision == "tf32":  # type: ignore[attr-defined]
-        return "tf32"
-    return "ieee"
 
 
 def configuration(

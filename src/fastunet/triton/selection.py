@@ -7,16 +7,18 @@ cudnn         PyTorch's convolution, these kernels around it
 
 import contextlib
 import functools
+import hashlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
+from fastunet import cache
 from fastunet.activation import NONE, Activation
-
-from . import cache
-from .convolution import precision_of
+from fastunet.aten_convolution import precision_of
 
 ON_LOAD, MATERIALISED, CUDNN = CANDIDATES = ("on load", "materialised", "cudnn")
 
@@ -58,7 +60,17 @@ class Layer(NamedTuple):
         )
 
     def key(self, device: torch.device) -> str:
-        return f"{' '.join(map(str, self))} {cache.fingerprint(device)}"
+        return f"{' '.join(map(str, self))} {cache.fingerprint(device, version())}"
+
+
+@functools.cache
+def version() -> str:
+    """Of the kernels: Triton's, and their text."""
+    text = hashlib.sha256()
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        text.update(source.read_bytes())
+    interpreted = " interpreted" if triton.knobs.runtime.interpret else ""
+    return f"triton {triton.__version__}{interpreted} kernels {text.hexdigest()[:16]}"
 
 
 _forced: str | None = None
@@ -73,6 +85,15 @@ def forced(candidate: str) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+def ways(operator: str) -> list[contextlib.AbstractContextManager]:
+    """To check one by one."""
+    return (
+        [forced(ON_LOAD), forced(MATERIALISED)]
+        if operator.startswith("conv")
+        else [forced(ON_LOAD)]
+    )
 
 
 def choice(kind: str, sources: Sequence[Activation], outputs: int) -> str:

@@ -11,7 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .convolution import Kernel, Place, precision_of
+from fastunet.aten_convolution import precision_of
+
+from .convolution import Kernel, Place
 from .language import Source, pixel_of, read, tile_of
 
 

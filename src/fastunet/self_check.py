@@ -1,16 +1,16 @@
 """Whether the kernels compute right on the GPU at hand: seen before they are first chosen.
 
-Each operator runs once, forward and backward, in each of the ways that ``configuration`` may take,
-against the definitions in float64. The verdict holds for a GPU model, the versions of torch and
-triton, and the text of the kernels; it is kept in a file, or comes with the package.
+Each operator runs once, forward and backward, in each of the ways that its backend may take,
+against the definitions in float64. The verdict holds for a GPU model, torch's version and that of
+the kernels; it is kept in a file, or comes with the package.
 """
 
 import contextlib
 import functools
-import itertools
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from fastunet import composed, reference
+from fastunet import backends, cache, composed, reference
 from fastunet.activation import (
     BILINEAR,
     BILINEAR_ALIGN_CORNERS,
@@ -28,33 +28,34 @@ from fastunet.activation import (
     NONE,
     Activation,
 )
+from fastunet.aten_convolution import precision_of
 from fastunet.composed import Norm, SourceGrads
 from fastunet.prepared import keeping
 from fastunet.reference.resample import accumulate_dtype
-
-from . import cache
-from .convolution import precision_of
-from .selection import MATERIALISED, ON_LOAD, forced
 
 # Verdicts that come with the package, as `make gpu STAGE=verify` finds them.
 COMMITTED = Path(__file__).with_name("verified.json")
 # Relative L2 distance from float64 that rounding explains: of inputs that are exact in the dtype,
 # results and what is formed between the kernels are rounded.
-TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 5e-3}
+TOLERANCE = {
+    torch.bfloat16: 2e-2,
+    torch.float16: 5e-3,
+    torch.float32: 5e-3,
+    torch.float64: 1e-9,
+}
 
 Results = dict[str, Tensor]
 Run = Callable[[ModuleType, torch.dtype], Results]
 
 
-def distrusted(operator: str, x: Tensor) -> str:
-    """Why the kernels of an operator are not to be chosen by themselves; empty where they are.
+def distrusted(backend: str, operator: str, x: Tensor) -> str:
+    """Why a backend's kernels for an operator are not to be chosen by themselves on the GPU; empty
+    where they are.
 
-    Runs the check where no verdict is known, in seconds, most of which compile kernels that would
-    be compiled anyway.
+    Runs the check where no verdict is known, in seconds, most of which compile Triton kernels that
+    would be compiled anyway.
     """
-    if x.device.type != "cuda":
-        return "interpreted kernels are never chosen automatically"
-    key = key_of(operator, x.dtype, x.device)
+    key = key_of(backend, operator, x.dtype, x.device)
     found = verdicts().get(key)
     if found is not None:
         if found:
@@ -66,11 +67,11 @@ def distrusted(operator: str, x: Tensor) -> str:
         return "the kernels have not been checked on this GPU, and cannot be in a CUDA graph"
     with checking:
         if key not in verdicts():
-            why, lasting = check(operator, x.dtype, x.device)
+            why, lasting = check(backend, operator, x.dtype, x.device)
             verdicts()[key] = why
             if lasting:
                 cache.save("self_check", {key: why})
-    return distrusted(operator, x)
+    return distrusted(backend, operator, x)
 
 
 checking = threading.Lock()
@@ -81,9 +82,10 @@ def warn_once(why: str) -> None:
     warnings.warn(f"FastUNet: {why}", RuntimeWarning, stacklevel=2)
 
 
-def key_of(operator: str, dtype: torch.dtype, device: torch.device) -> str:
+def key_of(backend: str, operator: str, dtype: torch.dtype, device: torch.device) -> str:
     products = f" {precision_of(dtype)}" if dtype == torch.float32 else ""
-    return f"{operator} {dtype}{products} {cache.fingerprint(device)}"
+    version = backends.module(backend).version()
+    return f"{backend} {operator} {dtype}{products} {cache.fingerprint(device, version)}"
 
 
 @functools.cache
@@ -92,9 +94,11 @@ def verdicts() -> dict[str, str]:
     return cache.read(COMMITTED) | cache.read(cache.file("self_check"))
 
 
-def check(operator: str, dtype: torch.dtype, device: torch.device) -> tuple[str, bool]:
-    """Empty, or what the operator's kernels get wrong on the device; and whether that will be so
-    again: not where something failed, which need not be the kernels' fault."""
+def check(
+    backend: str, operator: str, dtype: torch.dtype, device: torch.device
+) -> tuple[str, bool]:
+    """Empty, or what a backend gets wrong in an operator on the device; and whether that will be
+    so again: not where something failed, which need not be the kernels' fault."""
     with contextlib.ExitStack() as stack:
         # Whatever the caller's mode is.
         stack.enter_context(torch.inference_mode(False))
@@ -103,31 +107,38 @@ def check(operator: str, dtype: torch.dtype, device: torch.device) -> tuple[str,
         stack.enter_context(keeping(None))
         if device.type == "cuda":
             stack.enter_context(torch.cuda.device(device))
-        return compare(operator, dtype, device)
+        return compare(backend, operator, dtype, device)
 
 
-def compare(operator: str, dtype: torch.dtype, device: torch.device) -> tuple[str, bool]:
-    from fastunet import triton as kernels
-
-    ways = (ON_LOAD, MATERIALISED) if operator.startswith("conv") else (ON_LOAD,)
-    for (name, run), way in itertools.product(CASES[operator](device), ways):
-        try:
-            with forced(way):
-                got, want = run(kernels, dtype), run(reference, torch.float64)
-        except Exception as error:  # a compiler's or a driver's, or no memory
-            return (
-                f"the Triton kernels of {operator} in {dtype} fail here ({name}): {error!r}",
-                False,
-            )
-        for result, exact in want.items():
-            distance = (got[result].double() - exact).norm() / exact.norm()
-            if not distance <= TOLERANCE[dtype]:
+def compare(
+    backend: str, operator: str, dtype: torch.dtype, device: torch.device
+) -> tuple[str, bool]:
+    kernels = backends.module(backend)
+    for name, run in CASES[operator](device):
+        want = None
+        for way in ways(kernels, operator):
+            try:
+                with way:
+                    got = run(kernels, dtype)
+                want = want or run(reference, torch.float64)
+            except Exception as error:  # a compiler's or a driver's, or no memory
                 why = (
-                    f"the Triton kernels of {operator} in {dtype} are wrong here: {result} "
-                    f"({name}) is {distance:.2g} from float64, allowed is {TOLERANCE[dtype]:.2g}"
+                    f"the {backend} kernels of {operator} in {dtype} fail here ({name}): {error!r}"
                 )
-                return why, True
+                return why, False
+            for result, exact in want.items():
+                distance = (got[result].double() - exact).norm() / exact.norm()
+                if not distance <= TOLERANCE[dtype]:
+                    why = (
+                        f"the {backend} kernels of {operator} in {dtype} are wrong here: {result} "
+                        f"({name}) is {distance:.2g} from float64, allowed: {TOLERANCE[dtype]:.2g}"
+                    )
+                    return why, True
     return "", True
+
+
+def ways(kernels: ModuleType, operator: str) -> Sequence[AbstractContextManager]:
+    return kernels.ways(operator) if hasattr(kernels, "ways") else [nullcontext()]
 
 
 class Draw:
