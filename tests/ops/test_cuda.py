@@ -19,7 +19,7 @@ from test_conv_norm_act import channels_last, conv
 
 import fastunet
 from fastunet import cuda, extension, reference
-from fastunet.activation import MAX_POOL, NEAREST, NONE
+from fastunet.activation import BILINEAR, MAX_POOL, NEAREST, NONE
 from fastunet.reference.resample import accumulate_dtype
 
 ROOT = Path(__file__).parents[2]
@@ -51,16 +51,16 @@ class Placed:
         return {name: t.to(DEVICE) for name, t in self.case.tensors(*args).items()}
 
 
-# A block has 256 threads: vectors of 16 bytes, up to 64 of a pixel; strips of rows from 2048
-# blocks on.
+# A block has 256 threads: vectors of 16 bytes, up to 64 of a pixel. Strips have two rows from 4096
+# blocks on, and the last one is shorter where rows are odd.
 SHAPES = {
     "several blocks": Resample(Source(8, 37, 41, slope=0.01)),
     "several blocks of channels": Resample(Source(1040, 2, 3, MAX_POOL, rows="each")),
     "unaligned channels, several blocks": Resample(Source(131, 5, 6)),
-    "long strips": Resample(Source(32, 300, 301), n=1),
-    "long strips, upsampled": Resample(Source(8, 310, 302, MODES[2], (3, -2)), n=1),
-    "long strips, pooled": Resample(Source(64, 301, 299, MAX_POOL), n=1),
-    "batch": conv("batch", Source(3, 180, 190), out_channels=16),
+    "long strips": Resample(Source(64, 301, 301), n=1),
+    "long strips, upsampled": Resample(Source(128, 191, 180, BILINEAR, (3, -2)), n=1),
+    "long strips, pooled": Resample(Source(256, 289, 283, MAX_POOL), n=1),
+    "batch": conv("batch", Source(3, 181, 190), out_channels=64),
     "batch, unaligned": conv("batch", Source(3, 60, 61), out_channels=67),
     "group": conv("group", Source(3, 70, 65), out_channels=24),
     "instance": conv("instance", Source(3, 60, 64), out_channels=12),
@@ -81,16 +81,24 @@ def test_vectors_of_halves(mode, dtype, rows):
     check_dtype(Placed(Resample(Source(24, 9, 12, mode, (1, -1), rows, 0.01))), dtype)
 
 
-def shifted(x):
-    """The same values, each pixel's one element behind a multiple of 16 bytes."""
+def wider(x):
+    """The same values, channels of a map that has one more."""
     n, c, h, w = x.shape
     wide = x.new_empty(n, c + 1, h, w).contiguous(memory_format=torch.channels_last)
     return wide[:, 1:].copy_(x)
 
 
+def shifted(x):
+    """The same values, the first one element behind a multiple of 16 bytes."""
+    n, c, h, w = x.shape
+    flat = x.new_empty(x.numel() + 1)[1:]
+    return flat.view(n, h, w, c).permute(0, 3, 1, 2).copy_(x)
+
+
 @every_dtype
 @every_mode
-def test_unaligned_maps_of_aligned_channels(mode, dtype):
+@pytest.mark.parametrize("shifted", [wider, shifted])
+def test_unaligned_maps_of_aligned_channels(mode, dtype, shifted):
     """Maps that rule out vectors, one at a time."""
     source = Source(16, 7, 6, mode, (1, -1), "one", 0.01)
     source = source.activation({k: t.to(DEVICE) for k, t in source.tensors(2, dtype).items()})
@@ -105,6 +113,25 @@ def test_unaligned_maps_of_aligned_channels(mode, dtype):
     )
     for read, grad in ((other, dz), (source, shifted(dz))):
         torch.testing.assert_close(cuda.resample_bwd(read, grad), grads, **close)
+
+
+@every_dtype
+@every_mode
+def test_channels_beside_others(mode, dtype):
+    """13 of 16 channels, as in a concatenation: the other three are neither read nor written."""
+    source = Source(13, 6, 5, mode, (1, -1), "one", 0.01)
+    tensors = {k: t.to(DEVICE) for k, t in source.tensors(2, dtype).items()}
+    x = source.activation(tensors)
+    want, out = cuda.resample(x), torch.full((2, 16, *source.size), torch.nan, dtype=dtype)
+    out = channels_last(out.to(DEVICE))
+    cuda.resample(x, out[:, :13])
+    assert torch.equal(out[:, :13], want)
+    assert out[:, 13:].isnan().all()
+    y = channels_last(torch.cat([x.y, torch.full_like(x.y[:, :3], torch.nan)], 1))
+    dz = channels_last(torch.cat([random(*want.shape).to(want), out[:, 13:]], 1))
+    grads = cuda.resample_bwd(x._replace(y=y[:, :13]), dz[:, :13])
+    for got, grad in zip(grads, cuda.resample_bwd(x, channels_last(dz[:, :13])), strict=True):
+        assert torch.equal(got, grad)
 
 
 @every_dtype
