@@ -4,6 +4,8 @@ Its kernels run on the CPU here (tests/host_cuda)."""
 
 import importlib
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -22,6 +24,7 @@ import fastunet
 from fastunet import FastUNet, backends, cuda, extension, self_check
 from fastunet.activation import Activation
 
+ROOT = cuda_kernels.ROOT
 MISSING = extension.load_cuda("cuda_host")
 on_host = pytest.mark.skipif(bool(MISSING), reason=MISSING or "-")
 VARIANTS = {
@@ -233,3 +236,47 @@ for name in ("resample", "resample_bwd", "normalization", "normalization_bwd"):
     assert len(rows) == 2 * len(names)
     assert {row["arch"] for row in rows} == {"sm_80", "sm_90a"}
     assert not [row for row in rows if cuda_kernels.fault(row)]
+
+
+SETUP = """
+import runpy, sys, torch
+torch.version.cuda = {cuda!r}
+sys.argv = ["setup.py", "--version"]
+sys.path.insert(0, ".")
+runpy.run_path("setup.py", run_name="__main__")
+"""
+needs_nvcc = pytest.mark.skipif(cuda_kernels.cuda_home() is None, reason="there is no nvcc")
+
+
+@pytest.mark.parametrize(
+    ("cuda", "asked", "why"),
+    [
+        (None, "", r"CUDA: torch \S+ is a build without CUDA"),
+        (None, "0", "CUDA: FASTUNET_CUDA=0 was set when the package was built"),
+        pytest.param("9.2", "", "CUDA: nvcc and torch must agree .*, 9.2", marks=needs_nvcc),
+        pytest.param("9.2", "1", "the CUDA kernels cannot be built: nvcc and", marks=needs_nvcc),
+        pytest.param(None, "1", "^$", marks=needs_nvcc),
+    ],
+)
+def test_what_the_build_leaves_out(tmp_path, cuda, asked, why):
+    """GPUs, unless torch and nvcc are for the same CUDA, or it is told to; and it says so."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "src" / "fastunet").mkdir(parents=True)
+    environment = {
+        **os.environ,
+        "FASTUNET_CUDA": asked,
+        "FASTUNET_CPU": "",
+        "FASTUNET_HOST_CUDA": "",
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", SETUP.format(cuda=cuda)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    note = tmp_path / "src" / "fastunet" / "build_note.txt"
+    assert (run.returncode == 1) == (cuda == "9.2" and asked == "1"), run.stderr
+    found = run.stderr if run.returncode else note.read_text().strip() if note.exists() else ""
+    assert re.search(why, found)
