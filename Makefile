@@ -11,7 +11,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 CHECKED := build/checked
 SANITIZERS := $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
 
-# Of make gpu: all, check, verify, sanitize, ceilings, operators, networks or memory.
+# Of make gpu: all, check, verify, sanitize, ceilings, passes, operators, networks or memory.
 STAGE ?= all
 
 .PHONY: help setup demo test test-all sanitize kernels lint format bench gpu clean

@@ -21,7 +21,8 @@ from benchmarks.gpu import checks, measurements, workload
 from benchmarks.gpu.job import EXPECTED, Budget, Job
 from benchmarks.network_cases import Network, network_case
 from benchmarks.operator_cases import Shapes
-from fastunet import backends, self_check
+from benchmarks.timing import quantile
+from fastunet import backends, extension, self_check
 
 REFERENCE = measurements.REFERENCE
 SIZES = {"n": 8, "copied": 4096}
@@ -209,6 +210,30 @@ def test_ceilings(monkeypatch, job, capsys):
     assert set(found["ceilings"]) == {"bfloat16", "float16", "tfloat32", "copy"}
     assert all(value > 0 for value in found["ceilings"].values())
     assert "copy, TB/s" in capsys.readouterr().out
+
+
+def test_passes(monkeypatch, job):
+    """Each pass of each backend that is right, with its rate."""
+    if extension.load_cuda("cuda_host"):
+        pytest.skip(extension.load_cuda("cuda_host"))
+    cuda = backends.module("cuda")
+    normalization = cuda.normalization
+
+    def wrong(y, *args):
+        return tuple(2 * t for t in normalization(y, *args))
+
+    monkeypatch.setattr(cuda, "normalization", wrong)
+    names = ("cuda", "reference")
+    good, found = run(monkeypatch, job, "passes", shape=(2, 8, 12, 14), names=names, **SIZES)
+    assert not good
+    assert [f["what"] for f in found["failures"]] == ["statistics/cuda"]
+    rows = {(r["pass"], r["backend"]): r for r in found["results"]}
+    assert len(rows) == 2 * 12 - 1
+    maps = 2 * 8 * 12 * 14 * 4
+    assert rows["resample_bwd max-pool", "cuda"]["bytes"] == 2.25 * maps
+    assert rows["resample nearest", "cuda"]["bytes"] == 5 * maps
+    for row in rows.values():
+        assert row["bytes_per_second"] == row["bytes"] / quantile(row["seconds"], 0.5)
 
 
 def test_operators(monkeypatch, job):

@@ -20,7 +20,7 @@ from tabulate import tabulate
 from benchmarks import results
 from benchmarks.contest import Setting
 
-from . import checks, measurements, workload
+from . import checks, measurements, passes, workload
 from .job import Budget, Job
 
 STAGES: dict[str, Callable[[Job], Any]] = {
@@ -28,6 +28,7 @@ STAGES: dict[str, Callable[[Job], Any]] = {
     "verify": checks.verify,
     "sanitize": checks.sanitize,
     "ceilings": measurements.ceilings,
+    "passes": passes.measure,
     "operators": measurements.operators,
     "networks": measurements.networks,
     "memory": measurements.memory,

@@ -138,26 +138,26 @@ def sanitize(job: Job) -> None:
     if tool is None:
         job.rows["none"] = {"compute-sanitizer": "neither on PATH nor in CUDA_HOME/bin"}
         return
-    for backend in BACKENDS:
+    todo = [(b, t) for b in BACKENDS for t in SANITIZERS if re.search(job.pattern, f"{t} {b}")]
+    for backend in dict.fromkeys(backend for backend, _ in todo):
         workload = [*WORKLOAD, "--backend", backend]
         done = execute(workload, job.budget.left() - 20)  # also compiles the kernels
         if done.status != 0:
             job.fail(f"the workload of {backend} by itself", done.output)
             continue
-        for name in SANITIZERS:
-            watch(job, tool, name, backend, workload)
+        for name in [name for other, name in todo if other == backend]:
+            share = job.budget.left() / (len(todo) - len(job.result["results"]))
+            watch(job, tool, name, workload, max(5, share - 10))
 
 
-def watch(job: Job, tool: str, name: str, backend: str, workload: list[str]) -> None:
-    """The workload under one tool, in its share of the time that is left."""
+def watch(job: Job, tool: str, name: str, workload: list[str], seconds: float) -> None:
+    """The workload under one tool."""
     command = [tool, "--tool", name, "--target-processes", "application-only", *workload]
-    remaining = len(BACKENDS) * len(SANITIZERS) - len(job.result["results"])
-    share = job.budget.left() / remaining - 20
-    done = execute(command, share, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-    about = {"tool": name, "backend": backend, "status": done.status}
+    done = execute(command, seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    about = {"tool": name, "backend": workload[-1], "status": done.status}
     found = {**about, **sanitizer_report(done.output)}
     job.result["results"].append(found)
-    what = f"{name} {backend}"
+    what = f"{name} {workload[-1]}"
     job.rows[what] = {key: found[key] for key in (*about, "errors", "kernels")}
     if done.status != 0 or found["errors"] != 0:
         job.fail(what, f"{found['errors']} errors, status {done.status}\n{done.output[-300:]}")

@@ -49,10 +49,6 @@ inline constexpr int kWindow = M == Mode::bilinear || M == Mode::nearest ? 2 : 1
 template <Mode M>
 inline constexpr int kOffset = M == Mode::bilinear ? 1 : 0;
 
-// Rows whose loads run ahead together, where one row has few.
-template <Mode M>
-inline constexpr int kUnroll = M == Mode::none ? 4 : 1;
-
 // The first window that reaches into the output, and how many there are, along one axis.
 template <Mode M>
 struct Windows {
@@ -120,7 +116,8 @@ __global__ void __launch_bounds__(kThreads, kResident)
       }
     }
   } else {
-#pragma unroll kUnroll < M>
+    constexpr int unroll = M == Mode::none ? 4 : 1;  // rows whose loads run ahead
+#pragma unroll unroll
     for (int64_t row = at.first; row < at.last; ++row) {
       const int64_t i = down.first + row;
       Vector value{};
@@ -248,7 +245,8 @@ __global__ void __launch_bounds__(kThreads, kResident)
         next = Vector{};
       }
     } else {
-#pragma unroll kUnroll < M>
+      constexpr int unroll = M == Mode::none ? 4 : 1;
+#pragma unroll unroll
       for (int64_t i = at.first; i < at.last; ++i) {
         const Vector y = raw(i, j);
         Vector grad{};
