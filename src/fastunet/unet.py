@@ -5,6 +5,8 @@ Activations on. Wherever somebody could see the difference (hooks, replaced or p
 a block called on its own with a tensor), the reference's forward runs instead.
 """
 
+import contextlib
+from itertools import chain
 from typing import TypeGuard, TypeVar
 
 import torch
@@ -24,6 +26,7 @@ from fastunet.activation import (
     suggested_format,
 )
 from fastunet.ops import conv_norm_act, conv_transpose, head, materialize
+from fastunet.recompute import is_forgotten, recomputing
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -99,10 +102,65 @@ class FastUNet(reference.UNet):
             if p.dim() == 4
         ):
             memory_format = torch.channels_last
-        return materialize(self.levels(Activation.of(x, memory_format)))
+        with self.forgetting():
+            return materialize(self.levels(Activation.of(x, memory_format)))
 
     def call(self, block, *inputs):
         return call(block, *inputs)
+
+    def run(self, block, *inputs):
+        if torch.compiler.is_compiling() and self.checkpointing == "full":
+            return super().run(block, *inputs)
+        return self.call(block, *inputs)
+
+    def forgetting(self) -> contextlib.AbstractContextManager:
+        off = self.checkpointing == "none" or not torch.is_grad_enabled()
+        if off or torch.compiler.is_compiling():
+            return contextlib.nullcontext()
+        return recomputing(self.forgotten())
+
+    def forgotten(self) -> set[nn.Module]:
+        """The convolutions whose outputs backward makes again.
+
+        ``light``: of the encoder's blocks all but the last, of the decoder's all but the first, the
+        one with the most products. ``full``: all but the last of a block, from which its level can
+        be made again; and of the two blocks at the bottom, whose maps are small, and of the
+        uppermost one, which backward reaches first, all.
+        """
+        encoder = [of_kind(block, nn.Conv2d) for block in (self.inc, *self.downs)]
+        decoder = [of_kind(block, nn.Conv2d) for block in self.ups]
+        if self.checkpointing == "light":
+            return {
+                *chain.from_iterable(c[:-1] for c in encoder),
+                *chain.from_iterable(c[1:] for c in decoder),
+            }
+        kept = chain(*(c[-1:] for c in (*encoder[:-1], *decoder[1:-1])))
+        upsamplings = (of_kind(block, nn.ConvTranspose2d) for block in self.ups)
+        return {
+            *chain.from_iterable(encoder),
+            *chain.from_iterable(decoder),
+            *chain.from_iterable(upsamplings),
+        } - {*kept}
+
+    def use_checkpointing(self, policy: str | None = "full") -> None:
+        """Make some maps again in backward instead of keeping them; None turns it off.
+
+        ``light`` makes one of two convolutions' outputs again, ``full`` nearly all. Gradients and
+        running statistics are those of ``none``, bit for bit. May be called between steps, for
+        instance after an out-of-memory error; the state_dict does not change. Under torch.compile
+        ``full`` recomputes by blocks, and ``light`` leaves the choice to the compiler.
+        """
+        policy = policy or "none"
+        if policy not in POLICIES:
+            raise ValueError(f"checkpointing must be one of {', '.join(POLICIES)}, got {policy!r}")
+        self.checkpointing = policy
+
+
+POLICIES = ("none", "light", "full")
+
+
+def of_kind(module: nn.Module, kind: type[nn.Module]) -> list[nn.Module]:
+    return [m for m in module.modules() if type(m) is kind]
 
 
 def call(block: nn.Module, *inputs):
@@ -189,7 +247,9 @@ def conv_layer(
     if isinstance(norm, nn.BatchNorm2d):
         return batch_norm_layer(x, conv, norm, slope)
     if norm is None:
-        return conv_norm_act(x, conv.weight, conv.bias, slope=slope).output
+        return conv_norm_act(
+            x, conv.weight, conv.bias, slope=slope, recompute=is_forgotten(conv)
+        ).output
     assert isinstance(norm, nn.InstanceNorm2d | nn.GroupNorm)
     n, c, h, w = size = output_size(x, conv)
     if isinstance(norm, nn.InstanceNorm2d):
@@ -208,6 +268,7 @@ def conv_layer(
         groups=groups,
         eps=norm.eps,
         slope=slope,
+        recompute=is_forgotten(conv),
     ).output
     if isinstance(norm, nn.InstanceNorm2d):  # PyTorch's returns contiguous maps
         return output._replace(memory_format=torch.contiguous_format)
@@ -231,6 +292,7 @@ def batch_norm_layer(
         running_var=None if batch else norm.running_var,
         eps=norm.eps,
         slope=slope,
+        recompute=is_forgotten(conv),
     )
     if norm.training and norm.track_running_stats:
         assert mean is not None
@@ -279,5 +341,5 @@ def call_upsample(up: nn.Module, x: Activation) -> Activation:
         and up.dilation == (1, 1)
         and up.groups == 1
     ):
-        return conv_transpose(x, up.weight, up.bias)
+        return conv_transpose(x, up.weight, up.bias, recompute=is_forgotten(up))
     return Activation.of(up(materialize(x)))

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 from fastunet import backends, composed
 from fastunet.activation import Activation, Concat
 from fastunet.composed import Norm, SourceGrads
+from fastunet.recompute import forget
 from fastunet.reference.resample import accumulate_dtype
 
 from ._register import define, differentiable, placeholder_for, refuse_transforms
@@ -37,6 +38,7 @@ def conv_norm_act(
     groups: int = 1,
     eps: float = 1e-5,
     slope: float = 1.0,
+    recompute: bool = False,
 ) -> ConvNorm:
     """3x3 convolution (stride 1, zero padding 1), then a pending normalisation and activation.
 
@@ -47,6 +49,8 @@ def conv_norm_act(
             (``groups`` groups of channels per sample; Cout groups are InstanceNorm).
         gamma, beta: [Cout], of the normalisation.
         slope: of the activation for negative values: 0 ReLU, 1 none.
+        recompute: whether backward makes the output again, within ``fastunet.recompute``'s
+            ``recomputing``.
 
     Raises:
         TypeError: where dtypes or devices differ outside autocast.
@@ -68,6 +72,8 @@ def conv_norm_act(
         z = torch.ops.fastunet.conv_norm_act_folded(*arguments, slope, backend)
         return ConvNorm(Activation.of(z, first.memory_format), None, None)
     y, center, scale, shift, var = torch.ops.fastunet.conv_norm_act(*arguments, backend)
+    if recompute:
+        forget(y, torch.ops.fastunet.conv_norm_act, (*arguments, backend))
     size = (y.size(2), y.size(3))
     output = Activation(y, center, scale, shift, slope, 0, size, first.memory_format)
     if norm != "batch":

@@ -8,18 +8,22 @@ from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from fastunet import backends, composed
 from fastunet.activation import Activation
+from fastunet.recompute import forget
 from fastunet.reference.resample import accumulate_dtype
 
 from ._register import define, differentiable, placeholder_for, refuse_transforms
 from .source import COUNT, FIRST, cast, compute_dtype, fake_source_grads, flatten, unflatten
 
 
-def conv_transpose(x: Activation, weight: Tensor, bias: Tensor | None = None) -> Activation:
+def conv_transpose(
+    x: Activation, weight: Tensor, bias: Tensor | None = None, *, recompute: bool = False
+) -> Activation:
     """The plain map [N, Cout, 2H, 2W] with nothing pending.
 
     Args:
         x: the Activation, [N, Cin, H, W] once materialised.
         weight: [Cin, Cout, 2, 2]; bias: [Cout].
+        recompute: as ``conv_norm_act`` takes it.
 
     Raises:
         TypeError: where dtypes or devices differ outside autocast.
@@ -31,7 +35,10 @@ def conv_transpose(x: Activation, weight: Tensor, bias: Tensor | None = None) ->
             f"conv_transpose: weight must be [{x.y.size(1)}, Cout, 2, 2], got {list(weight.shape)}"
         )
     refuse_transforms(*x[:4], weight, bias)
-    y = torch.ops.fastunet.conv_transpose(*flatten(x), x.size, weight, bias, backends.requested())
+    arguments = (*flatten(x), x.size, weight, bias, backends.requested())
+    y = torch.ops.fastunet.conv_transpose(*arguments)
+    if recompute:
+        forget(y, torch.ops.fastunet.conv_transpose, arguments)
     return Activation.of(y, x.memory_format)
 
 
