@@ -15,6 +15,7 @@ FASTUNET_SANITIZE=1  with AddressSanitizer and UndefinedBehaviorSanitizer, see `
 FASTUNET_HOST_CUDA=1  for tests: also the CUDA kernels compiled for the CPU, all accesses checked
 """
 
+import hashlib
 import os
 import platform
 import re
@@ -39,11 +40,23 @@ def extension(name, suffix, flags, **options):
         f"fastunet._{name}",
         sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob(f"**/*{suffix}")),
         include_dirs=[str(ROOT / "csrc")],
-        define_macros=[*MACROS, ("FASTUNET_LIBRARY", f"fastunet_{name}")],
+        define_macros=[
+            *MACROS,
+            ("FASTUNET_LIBRARY", f"fastunet_{name}"),
+            ("FASTUNET_SOURCES", sources_hash()),
+        ],
         extra_compile_args=flags,
         py_limited_api=True,
         **options,
     )
+
+
+def sources_hash():
+    """Of all kernels: what a GPU was found to compute right with."""
+    text = hashlib.sha256()
+    for source in sorted((ROOT / "csrc").glob("**/*.*")):
+        text.update(source.read_bytes())
+    return text.hexdigest()[:16]
 
 
 def cpu_extensions():
@@ -102,6 +115,8 @@ def cuda_extension():
         ".cu",
         {"cxx": ["-std=c++20"], "nvcc": nvcc},
         libraries=["cudart"],
+        # By way of libtorch its CUDA part, whose current stream is asked for, comes into scope.
+        extra_link_args=["-Wl,--no-as-needed", "-ltorch"],
         library_dirs=[os.path.join(cuda_home(), name) for name in ("lib64", "lib")],
     )
 
@@ -116,7 +131,10 @@ def why_no_cuda():
     if torch.version.cuda is None:
         # Possible all the same: a check that they compile.
         return "" if asked("CUDA") == "1" else f"torch {torch.__version__} is a build without CUDA"
-    text = subprocess.check_output([Path(home, "bin", "nvcc"), "--version"], text=True)
+    try:
+        text = subprocess.check_output([Path(home, "bin", "nvcc"), "--version"], text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"nvcc does not run: {error}"
     found = re.search(r"release (\d+)\.", text)
     if not found or found[1] != torch.version.cuda.split(".")[0]:
         release = found[1] if found else "an unknown version"
@@ -173,12 +191,29 @@ def compiled_build():
             finally:
                 self.build_temp = shared
 
+        def finalize_options(self):
+            super().finalize_options()
+            self.force = True  # setuptools knows no headers; ninja does, and builds what changed
+
         def build_extensions(self):
             self.failed = []
-            super().build_extensions()
+            try:
+                super().build_extensions()
+            except RuntimeError as error:  # torch refuses the compilers before any is built
+                of_cuda = [e for e in self.extensions if e.name == "fastunet._cuda"]
+                if not of_cuda or asked("CUDA") == "1":
+                    raise
+                leave_out("CUDA", str(error))
+                self.failed = of_cuda
+                self.extensions = [e for e in self.extensions if e not in of_cuda]
+                super().build_extensions()
             self.extensions = [e for e in self.extensions if e not in self.failed]
-            if self.failed and not self.inplace:  # the package's files were copied before this
-                self.copy_file(str(BUILD_NOTE), os.path.join(self.build_lib, "fastunet"))
+            # The package's files, those of earlier builds too, may have been copied before this.
+            copied = Path(self.build_lib, "fastunet")
+            if copied.is_dir():
+                if BUILD_NOTE.exists():
+                    self.copy_file(str(BUILD_NOTE), str(copied))
+                forget_left_out(copied)
 
         def copy_extensions_to_source(self):
             if self.extensions:
@@ -198,7 +233,16 @@ def compiled_build():
 def leave_out(part, why):
     with BUILD_NOTE.open("a") as note:
         note.write(f"{part}: {' '.join(why.split())}\n")
+    forget_left_out(BUILD_NOTE.parent)
     print(f"fastunet: built without the {part} kernels: {why}", file=sys.stderr)
+
+
+def forget_left_out(folder):
+    """Deletes libraries of an earlier build, of parts that this one leaves out."""
+    noted = BUILD_NOTE.read_text() if BUILD_NOTE.exists() else ""
+    for part, files in (("CPU", "_cpu_*.*"), ("CUDA", "_cuda.*")):
+        for library in folder.glob(files) if f"{part}: " in noted else ():
+            library.unlink()
 
 
 BUILD_NOTE.unlink(missing_ok=True)

@@ -217,6 +217,8 @@ def test_compiles_for_gpus(tmp_path):
     """For sm_80 and sm_90a: links, loads and registers, also with a torch without CUDA; no thread's
     values spill to memory."""
     library = cuda_kernels.build(tmp_path, "8.0;9.0a")
+    # Linked, although no symbol of its own is used: it brings its CUDA part.
+    assert b"\0libtorch.so\0" in library.read_bytes()
     code = f"""
 import torch
 torch.ops.load_library({str(library)!r})

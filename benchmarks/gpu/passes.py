@@ -124,7 +124,12 @@ def measure(
             want = one.run(reference, exact)
             for name in names:
                 kernels = backends.module(name)
-                if why := kernels.why_not(inputs.y) or wrong(one.run(kernels, inputs), want, dtype):
+                try:
+                    why = kernels.why_not(inputs.y)
+                    why = why or wrong(one.run(kernels, inputs), want, dtype)
+                except Exception as error:
+                    why = repr(error)
+                if why:
                     job.fail(f"{one.name}/{name}", why)
                 else:
                     works[name] = lambda kernels=kernels: one.run(kernels, inputs)

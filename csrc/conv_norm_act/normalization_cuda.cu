@@ -42,7 +42,7 @@ void normalization(const Tensor y, const MaybeTensor bias, const MaybeTensor gam
           A* const of_tiles = data<A>(moments, "moments");
           A* const pixels = data<A>(counts, "counts");
           launch(&tile_moments_kernel<T, V>, grid(t.blocks(in.N)), in, t, of_tiles, pixels);
-          launch(&finish_statistics_kernel<A>, grid(r.groups.blocks(), r.count), of_tiles, pixels,
+          launch(&finish_statistics_kernel<A>, grid(r.groups.blocks() * r.count), of_tiles, pixels,
                  r.count ? in.N * t.tiles / r.count : 0, r.groups, A(eps), vectors);
         },
         in);

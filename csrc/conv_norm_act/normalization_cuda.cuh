@@ -43,7 +43,7 @@ struct Groups {
   int64_t count, width;  // of groups; channels of each
   int per_block;         // groups of a block: several where they are single channels
 
-  int64_t blocks() const { return ceil_div(count, per_block); }
+  FASTUNET_HOST_DEVICE int64_t blocks() const { return ceil_div(count, per_block); }
 };
 
 // Vectors of values per channel; bias, gamma, beta may be null.
@@ -53,15 +53,16 @@ struct Vectors {
   A *center, *scale, *shift, *var;  // [rows][C]
 };
 
-// center, scale, shift and var from the moments of a row's tiles. Blocks: (groups.blocks(), rows).
+// center, scale, shift and var from the moments of a row's tiles. Blocks: rows times
+// groups.blocks().
 template <class A>
 __global__ void __launch_bounds__(kThreads, kResident)
     finish_statistics_kernel(const A* moments, const A* counts, int64_t tiles, Groups groups, A eps,
                              Vectors<A> out) {
   const int lane = threadIdx.x / groups.per_block, lanes = kThreads / groups.per_block;
-  const int64_t row = blockIdx.y, C = groups.count * groups.width;
+  const int64_t row = blockIdx.x / groups.blocks(), C = groups.count * groups.width;
   const int64_t group =
-      static_cast<int64_t>(blockIdx.x) * groups.per_block + threadIdx.x % groups.per_block;
+      blockIdx.x % groups.blocks() * groups.per_block + threadIdx.x % groups.per_block;
   const bool active = group < groups.count;
   // A convolution's bias moves a group's statistics unless the group is one channel.
   const bool biased = out.bias && groups.width > 1;

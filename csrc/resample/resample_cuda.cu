@@ -96,7 +96,7 @@ void resample_bwd(Tensor dy, MaybeTensor dscale, MaybeTensor dshift, const Tenso
                    place, vertical, horizontal, t);
           });
           if (scale)
-            launch(&sum_tiles_kernel<A>, grid(ceil_div(2 * C, kSets), rows_out), partial,
+            launch(&sum_tiles_kernel<A>, grid(ceil_div(2 * C, kSets) * rows_out), partial,
                    rows_out ? N * t.tiles / rows_out : 0, C, of_scale, of_shift);
         },
         s, from, to, also);
@@ -104,6 +104,8 @@ void resample_bwd(Tensor dy, MaybeTensor dscale, MaybeTensor dshift, const Tenso
 }
 
 }  // namespace
+
+FASTUNET_NAME_SOURCES()
 
 FASTUNET_CUDA_KERNEL(resample,
                      "resample(Tensor(a!) out, Tensor y, Tensor? center, Tensor? scale, "

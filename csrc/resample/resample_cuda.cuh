@@ -274,15 +274,15 @@ __global__ void __launch_bounds__(kThreads, kResident)
   }
 }
 
-// sums: [rows * tiles][2][C] -> dscale, dshift: [rows][C]. Blocks: (2 C / kSets, rows).
+// sums: [rows * tiles][2][C] -> dscale, dshift: [rows][C]. Blocks: rows times 2 C / kSets.
 inline constexpr int kSets = 8;  // columns of a block; as many lanes as remain
 
 template <class A>
 __global__ void __launch_bounds__(kThreads, kResident)
     sum_tiles_kernel(const A* sums, int64_t tiles, int64_t C, A* dscale, A* dshift) {
   const int lane = threadIdx.x / kSets, lanes = kThreads / kSets;
-  const int64_t row = blockIdx.y;
-  const int64_t column = static_cast<int64_t>(blockIdx.x) * kSets + threadIdx.x % kSets;
+  const int64_t blocks = ceil_div(2 * C, kSets), row = blockIdx.x / blocks;
+  const int64_t column = blockIdx.x % blocks * kSets + threadIdx.x % kSets;
   Values<A, 1> sum{};
   if (column < 2 * C)
     for (int64_t tile = lane; tile < tiles; tile += lanes)

@@ -7,6 +7,7 @@ the kernels; it is kept in a file, or comes with the package.
 
 import contextlib
 import functools
+import hashlib
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from fastunet import backends, cache, composed, reference
+from fastunet import aten_convolution, backends, cache, compiled, composed, reference
 from fastunet.activation import (
     BILINEAR,
     BILINEAR_ALIGN_CORNERS,
@@ -84,8 +85,17 @@ def warn_once(why: str) -> None:
 
 def key_of(backend: str, operator: str, dtype: torch.dtype, device: torch.device) -> str:
     products = f" {precision_of(dtype)}" if dtype == torch.float32 else ""
-    version = backends.module(backend).version()
+    version = f"{backends.module(backend).version()} composed {composition()}"
     return f"{backend} {operator} {dtype}{products} {cache.fingerprint(device, version)}"
+
+
+@functools.cache
+def composition() -> str:
+    """Of what is put together from kernels."""
+    text = hashlib.sha256()
+    for module in (aten_convolution, compiled, composed):
+        text.update(Path(str(module.__file__)).read_bytes())
+    return text.hexdigest()[:16]
 
 
 @functools.cache

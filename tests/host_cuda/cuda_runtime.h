@@ -41,6 +41,7 @@ struct alignas(16) uint4 {
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration };
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid configuration"; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
@@ -54,8 +55,7 @@ namespace host_cuda {
 
 [[noreturn]] inline void fail(const std::string& what) {
   std::ostringstream out;
-  out << what << " (thread " << threadIdx.x << " of block " << blockIdx.x << ", " << blockIdx.y
-      << ")";
+  out << what << " (thread " << threadIdx.x << " of block " << blockIdx.x << ")";
   throw std::runtime_error(out.str());
 }
 
@@ -166,15 +166,14 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                                Arguments... arguments) {
   const std::lock_guard lock(host_cuda::in_use);
   const dim3 blocks = config->gridDim, threads = config->blockDim;
-  if (threads.x > 1024 || threads.y * threads.z * blocks.z != 1)
+  if (threads.x > 1024 || threads.y * threads.z * blocks.y * blocks.z != 1)
     return cudaErrorInvalidConfiguration;
   gridDim = blocks;
   blockDim = threads;
-  for (unsigned y = 0; y < blocks.y; ++y)
-    for (unsigned x = 0; x < blocks.x; ++x) {
-      blockIdx = dim3(x, y);
-      host_cuda::scheduler.run(threads.x, [&] { kernel(arguments...); });
-    }
+  for (unsigned x = 0; x < blocks.x; ++x) {
+    blockIdx = dim3(x);
+    host_cuda::scheduler.run(threads.x, [&] { kernel(arguments...); });
+  }
   return cudaSuccess;
 }
 

@@ -26,6 +26,7 @@ class Launcher {
   explicit Launcher(const Tensor& on) {
     FASTUNET_BEGIN_CALL();
     if (!on.is_cuda()) return;
+    device_.emplace(on.get_device_index());
     require(aoti_torch_get_current_cuda_stream != nullptr, "this PyTorch was built without CUDA");
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream));
@@ -34,23 +35,24 @@ class Launcher {
 
   template <class... Parameters, class... Arguments>
   void operator()(void (*kernel)(Parameters...), dim3 blocks, Arguments... arguments) const {
-    if (blocks.x == 0 || blocks.y == 0) return;
+    if (blocks.x == 0) return;
     cudaLaunchConfig_t config{};
     config.gridDim = blocks;
     config.blockDim = dim3(kThreads);
     config.stream = stream_;
     const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
+    if (error != cudaSuccess) cudaGetLastError();  // or PyTorch's next kernel would report it
     require(error == cudaSuccess, "a kernel could not be launched: ", cudaGetErrorString(error));
   }
 
  private:
+  std::optional<torch::stable::accelerator::DeviceGuard> device_;
   cudaStream_t stream_ = nullptr;
 };
 
-inline dim3 grid(int64_t x, int64_t y = 1) {
-  require(x < (int64_t{1} << 31) && y < 65536, "the map is too large for one launch: ", x, " x ", y,
-          " blocks");
-  return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y));
+inline dim3 grid(int64_t blocks) {
+  require(blocks < (int64_t{1} << 31), "the map is too large for one launch: ", blocks, " blocks");
+  return dim3(static_cast<unsigned>(blocks));
 }
 
 // Memory for values that live between two kernels of a call.
@@ -107,6 +109,13 @@ void dispatch(ScalarType dtype, F f) {
 #else
 #define FASTUNET_CUDA_KEY CUDA
 #endif
+
+// By which self_check knows these kernels again, whatever compiled them.
+#define FASTUNET_STRING_(x) #x
+#define FASTUNET_STRING(x) FASTUNET_STRING_(x)
+#define FASTUNET_NAME_SOURCES()                        \
+  __attribute__((used)) static const char kSources[] = \
+      "fastunet sources " FASTUNET_STRING(FASTUNET_SOURCES);
 
 // Registers `f` as the implementation of the schema, in the library of the CUDA kernels.
 #define FASTUNET_CUDA_KERNEL(name, schema)                              \

@@ -5,7 +5,7 @@ slowly: so the kernels can be checked anywhere.
 """
 
 import functools
-import hashlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +31,7 @@ __all__ = [
     "why_not",
 ]
 
+LEAST_CAPABILITY = (8, 0)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -74,6 +75,10 @@ def why_not(x: Tensor) -> str:
         return f"the dtype must be float32, float64, bfloat16 or float16, got {x.dtype}"
     if x.device.type not in ("cuda", "cpu"):
         return f"the tensors must be on a CUDA GPU, got {x.device}"
+    if x.device.type == "cuda":
+        capability = torch.cuda.get_device_capability(x.device)
+        if capability < LEAST_CAPABILITY:
+            return f"the GPU must have compute capability 8.0 or more, got {capability}"
     why = extension.load_cuda(library_for(x))
     if why and x.device.type == "cpu":
         return f"the tensors must be on a CUDA GPU, got {x.device}"
@@ -89,8 +94,8 @@ def distrusted(operator: str, x: Tensor) -> str:
 
 @functools.cache
 def version() -> str:
-    """Of the kernels: what they were compiled to."""
-    code = hashlib.sha256()
-    for library in sorted(extension.PACKAGE.glob("_cuda*")):
-        code.update(library.read_bytes())
-    return f"kernels {code.hexdigest()[:16]}"
+    """Of the kernels: their sources, whatever compiled them."""
+    found = set()
+    for library in extension.PACKAGE.glob("_cuda*"):
+        found |= {*re.findall(rb"fastunet sources ([0-9a-f]{16})", library.read_bytes())}
+    return f"kernels {' '.join(sorted(name.decode() for name in found))}"
