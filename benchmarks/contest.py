@@ -13,11 +13,12 @@ from fastunet import backend
 from fastunet.memory import measure_allocations, saved_for_backward
 
 # A contender's name is made of words. More may follow: fastunet's backend; torch.compile's mode, or
-# its memory budget; `graph`: replayed as a CUDA graph; `checkpoint`: backward recomputes blocks.
+# its memory budget; `graph`: replayed as a CUDA graph; a checkpointing policy.
 CONTIGUOUS, CHANNELS_LAST, COMPILED = "eager contiguous", "eager channels_last", "compile"
 FASTUNET, ORACLE = "fastunet", "float64"
 BUDGETED, AUTOTUNED = "compile budget 0.5", "compile max-autotune"
 EAGER = (CONTIGUOUS, CHANNELS_LAST)
+POLICIES = ("light", "full")
 # Nothing this far from float64 passes, whatever eager's error. Through a whole network in 16 bit
 # eager is 0.3 to 0.5 off in its gradients: there the gate finds blunders only.
 MOST = {torch.float32: 0.1, torch.bfloat16: 0.9}

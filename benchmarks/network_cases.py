@@ -17,6 +17,7 @@ from .contest import (
     COMPILED,
     FASTUNET,
     ORACLE,
+    POLICIES,
     Case,
     Contender,
     Setting,
@@ -81,7 +82,7 @@ def make(network: Network, phase: str, name: str, setting: Setting) -> Contender
     with torch.device(setting.device):
         unet = network.build(FastUNet if words[0] == FASTUNET else UNet)
     unet.load_state_dict(state)
-    unet.use_checkpointing("full" if "checkpoint" in words else None)
+    unet.use_checkpointing(next((policy for policy in POLICIES if policy in words), None))
     dtype = torch.float64 if name == ORACLE else torch.float32
     last = name.startswith((CHANNELS_LAST, COMPILED))
     memory_format = torch.channels_last if last else torch.contiguous_format

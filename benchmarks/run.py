@@ -12,7 +12,18 @@ from tqdm import tqdm
 
 from . import results
 from .cases import matching
-from .contest import COMPILED, EAGER, FASTUNET, Case, GateError, Setting, gate, memory, traffic
+from .contest import (
+    COMPILED,
+    EAGER,
+    FASTUNET,
+    POLICIES,
+    Case,
+    GateError,
+    Setting,
+    gate,
+    memory,
+    traffic,
+)
 from .timing import COVERAGE, interleave, summary
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -76,6 +87,7 @@ def table(cases: list[dict[str, Any]]) -> str:
 @click.option("--device", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]))
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="float32 on cpu, bfloat16 on cuda.")
 @click.option("--compile/--no-compile", default=False, help="Also torch.compile of the networks.")
+@click.option("--policies/--no-policies", default=False, help="Also FastUNet with checkpointing.")
 @click.option("--plot", "plotted", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="Measure nothing; draw this result file into docs/images.")  # fmt: skip
 def main(
@@ -87,6 +99,7 @@ def main(
     device: str,
     dtype: str | None,
     compile: bool,
+    policies: bool,
     plotted: Path | None,
 ) -> None:
     """Measures FastUNet against eager PyTorch (both memory formats) on this machine.
@@ -110,8 +123,9 @@ def main(
         torch.set_num_threads(threads)
     torch.backends.cudnn.benchmark = True
     dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
-    names = (*EAGER, *([COMPILED] if compile else []), FASTUNET)
-    setting = Setting(device, DTYPES[dtype], names)
+    names = [*EAGER, *([COMPILED] if compile else []), FASTUNET]
+    names += [f"{FASTUNET} auto {policy}" for policy in POLICIES] if policies else []
+    setting = Setting(device, DTYPES[dtype], tuple(names))
     about = results.context(device)
     measured, wrong = [], 0
     for case in tqdm(cases, unit="case", disable=None):

@@ -278,7 +278,7 @@ def test_networks(monkeypatch, job):
 
 
 def test_memory(monkeypatch, job):
-    names = [FASTUNET, f"{FASTUNET} cpu checkpoint", CHANNELS_LAST, f"{CHANNELS_LAST} checkpoint"]
+    names = [FASTUNET, f"{FASTUNET} cpu full", CHANNELS_LAST, f"{CHANNELS_LAST} full"]
     network = TINY._replace(height=64, width=64)
     good, found = run(monkeypatch, job, "memory", chosen=[network], names=names)
     assert good

@@ -15,6 +15,7 @@ from benchmarks.contest import (
     EAGER,
     FASTUNET,
     ORACLE,
+    POLICIES,
     Case,
     Contender,
     GateError,
@@ -46,8 +47,8 @@ LINES = (
 )
 MEMORY_NETWORKS = [network for network in GPU_NETWORKS if network.batch == 4]
 MEMORY = (
-    *(TRITON, f"{TRITON} checkpoint", CUDA),
-    *(CONTIGUOUS, CHANNELS_LAST, f"{CHANNELS_LAST} checkpoint", COMPILED),
+    *(TRITON, f"{TRITON} light", f"{TRITON} full", CUDA),
+    *(CONTIGUOUS, CHANNELS_LAST, f"{CHANNELS_LAST} full", COMPILED),
 )
 # What each way of running a network is called in fastunet.bound.
 MODELS = {FASTUNET: "fused", "eager": "eager", COMPILED: "compile"}
@@ -218,7 +219,7 @@ def footprint(job: Job, network: Network, name: str) -> dict[str, int | None]:
     assert contender.record is not None
     saved = saved_for_backward(contender.record, contender.parameters)
     predicted = None
-    if "checkpoint" not in name:
+    if not any(policy in name.split() for policy in POLICIES):
         model = MODELS[name.split()[0]]
         predicted = sum(layer.saved(model) for layer in counted(network).layers())
     return {"peak": peak, "step": step, "saved": saved, "predicted": predicted}
