@@ -52,6 +52,16 @@ class Compiled(nn.Module):
         return self.model.named_buffers(*args, **kwargs)
 
 
+@pytest.mark.parametrize("policy", ["light", "full"])
+def test_policies(policy):
+    """One graph, too, where a policy was chosen afterwards."""
+    _, fast = double_pair()
+    compiled = Compiled(copy.deepcopy(fast))
+    compiled.model.use_checkpointing(policy)
+    x = random(2, 3, 13, 18, dtype=torch.float64)
+    assert_same_step(step(compiled, x), step(fast, x))
+
+
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @variants
 def test_one_graph(options, mode):

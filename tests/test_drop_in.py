@@ -516,11 +516,12 @@ def test_checkpoint_file(tmp_path):
     fast.load_state_dict(state)
 
 
-def work(rank, world, path, norm):
+def work(rank, world, path, norm, policy):
     """One process of a data-parallel training step, under frozen statistics."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
     fast = pair(norm=norm)[1]
+    fast.use_checkpointing(policy)
     model = DistributedDataParallel(channels_last(to_mode(fast, "frozen").double()))
     x = random(2, 3, 13, 18, dtype=torch.float64)
     F.mse_loss(model(x[rank::world]), torch.ones(2 // world, 2, 13, 18).double()).backward()
@@ -530,13 +531,18 @@ def work(rank, world, path, norm):
 
 
 @pytest.mark.filterwarnings("error:Grad strides do not match bucket view strides")
-@pytest.mark.parametrize(("norm", "processes"), [("batch", 1), ("group", 1), ("batch", 2)])
-def test_data_parallel(norm, processes, tmp_path):
+@pytest.mark.parametrize(
+    ("norm", "policy", "processes"),
+    [("batch", None, 1), ("group", "light", 1), ("batch", None, 2), ("batch", "full", 2)],
+)
+def test_data_parallel(norm, policy, processes, tmp_path):
     """The mean of the processes' gradients is the gradient of their joint batch."""
     if processes == 1:
-        work(0, 1, tmp_path / "store", norm)
+        work(0, 1, tmp_path / "store", norm, policy)
     else:
-        torch.multiprocessing.spawn(work, (processes, tmp_path / "store", norm), nprocs=processes)
+        torch.multiprocessing.spawn(
+            work, (processes, tmp_path / "store", norm, policy), nprocs=processes
+        )
     plain, _ = double_pair(norm=norm, mode="frozen")
     x = random(2, 3, 13, 18, dtype=torch.float64)
     F.mse_loss(plain(x), torch.ones(2, 2, 13, 18).double()).backward()
