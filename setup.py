@@ -33,30 +33,30 @@ BUILD_NOTE = ROOT / "src" / "fastunet" / "build_note.txt"
 MACROS = [("TORCH_TARGET_VERSION", "0x020b000000000000")]
 
 
-def extension(name, suffix, flags, **options):
+def extension(name, sources, flags, folders=(), macros=(), **options):
     from torch.utils.cpp_extension import CppExtension
 
     return CppExtension(
         f"fastunet._{name}",
-        sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob(f"**/*{suffix}")),
-        include_dirs=[str(ROOT / "csrc")],
-        define_macros=[
-            *MACROS,
-            ("FASTUNET_LIBRARY", f"fastunet_{name}"),
-            ("FASTUNET_SOURCES", sources_hash()),
-        ],
+        sources,
+        include_dirs=[str(ROOT / folder) for folder in (*folders, "csrc")],
+        define_macros=[*MACROS, ("FASTUNET_LIBRARY", f"fastunet_{name}"), *macros],
         extra_compile_args=flags,
         py_limited_api=True,
         **options,
     )
 
 
-def sources_hash():
-    """Of all kernels: what a GPU was found to compute right with."""
+def sources(suffix):
+    return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob(f"**/*{suffix}"))
+
+
+def cuda_macros():
+    """A name of the sources, by which a GPU's self-check knows the kernels again."""
     text = hashlib.sha256()
     for source in sorted((ROOT / "csrc").glob("**/*.*")):
         text.update(source.read_bytes())
-    return text.hexdigest()[:16]
+    return [("FASTUNET_SOURCES", text.hexdigest()[:16])]
 
 
 def cpu_extensions():
@@ -73,24 +73,21 @@ def cpu_extensions():
         link = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
         flags += ["-O1", "-g1", "-fno-omit-frame-pointer", *link]
     return [
-        extension(f"cpu_{name}", ".cpp", flags + isa, extra_link_args=link)
+        extension(f"cpu_{name}", sources(".cpp"), flags + isa, extra_link_args=link)
         for name, isa in builds.items()
     ]
 
 
 def host_cuda_extension():
-    flags = [
-        "-O2",
-        "-std=c++20",
-        "-fvisibility=hidden",
-        "-fno-strict-aliasing",
-        "-U_FORTIFY_SOURCE",
-    ]
-    flags += ["-Wall", "-Wno-psabi", "-Wno-unknown-pragmas", "-DFASTUNET_HOST_CUDA"]
-    built = extension("cuda_host", ".none", flags)
-    built.sources = ["tests/host_cuda/kernels.cpp"]
-    built.include_dirs.insert(0, str(ROOT / "tests" / "host_cuda"))
-    return built
+    flags = ["-O2", "-std=c++20", "-fvisibility=hidden", "-fno-strict-aliasing"]
+    flags += ["-U_FORTIFY_SOURCE", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"]
+    return extension(
+        "cuda_host",
+        ["tests/host_cuda/kernels.cpp"],
+        flags,
+        folders=["tests/host_cuda"],
+        macros=[("FASTUNET_HOST_CUDA", None), *cuda_macros()],
+    )
 
 
 def cuda_home():
@@ -112,8 +109,9 @@ def cuda_extension():
     nvcc = ["-O3", "-std=c++20", "-Xcompiler", "-fvisibility=hidden"]
     return extension(
         "cuda",
-        ".cu",
+        sources(".cu"),
         {"cxx": ["-std=c++20"], "nvcc": nvcc},
+        macros=cuda_macros(),
         libraries=["cudart"],
         # By way of libtorch its CUDA part, whose current stream is asked for, comes into scope.
         extra_link_args=["-Wl,--no-as-needed", "-ltorch"],

@@ -1,13 +1,12 @@
 """Every operator forward and backward, once each on small odd shapes: what the sanitizers watch."""
 
-import contextlib
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 import fastunet
-from fastunet import backends
+from fastunet import backends, self_check
 from fastunet.activation import (
     BILINEAR,
     BILINEAR_ALIGN_CORNERS,
@@ -79,17 +78,6 @@ def results(dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         yield f"head, {at}", head(read(NONE), leaf(3, cin, 1, 1), leaf(3))
 
 
-def ways(backend: str) -> Iterator[contextlib.AbstractContextManager]:
-    """The ways that the backend's convolutions can go."""
-    if backend != "triton":
-        yield contextlib.nullcontext()
-        return
-    from fastunet.triton.selection import MATERIALISED, ON_LOAD, forced
-
-    yield forced(ON_LOAD)
-    yield forced(MATERIALISED)
-
-
 def run(device: str, backend: str) -> dict[str, int]:
     """How many works ran, by dtype; 0 where the backend cannot serve it.
 
@@ -103,7 +91,7 @@ def run(device: str, backend: str) -> dict[str, int]:
             counts[key] = 0
             if backends.module(backend).why_not(torch.empty(1, dtype=dtype)):
                 continue
-            for way in ways(backend):
+            for way in self_check.ways(backends.module(backend), "conv_norm_act"):
                 with way, torch.autocast(device, dtype):
                     for name, result in results(dtype):
                         if result.requires_grad:

@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
 template <class A>
 struct BackwardVectors {
   const A *dscale, *dshift, *scale, *var;
-  A *slope, *offset;  // null where the normalisation has no statistics
+  A *slope, *offset;
   A *dgamma, *dbeta;  // [C]
 };
 
@@ -116,7 +116,6 @@ __global__ void __launch_bounds__(kThreads, kResident)
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t statistics = rows * groups.count;
   if (i < statistics) {
-    if (!v.slope) return;
     const int64_t first = i * groups.width;  // rows of C, groups side by side
     A of_scale = 0, of_shift = 0;
     for (int64_t k = first; k < first + groups.width; ++k) {

@@ -226,6 +226,7 @@ def conv_transpose_bwd(
     if need_source:
         dx = aten_convolution.transposed_input_grad(dy, weight)
         x, grads_of_source = source_grads(kernels, source, dx, need_weight)
+        del dx
     if x is None and need_weight:
         x = aten_convolution.gather(kernels, [source])
     if x is None:

@@ -45,8 +45,18 @@ TOLERANCE = {
     torch.float64: 1e-9,
 }
 
+LEAST_CAPABILITY = (8, 0)
+
 Results = dict[str, Tensor]
 Run = Callable[[ModuleType, torch.dtype], Results]
+
+
+def too_old(device: torch.device) -> str:
+    """Why the kernels are not for this GPU; empty where they are."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= LEAST_CAPABILITY:
+        return ""
+    return f"the GPU must have compute capability 8.0 or more, got {capability}"
 
 
 def distrusted(backend: str, operator: str, x: Tensor) -> str:
@@ -148,6 +158,7 @@ def compare(
 
 
 def ways(kernels: ModuleType, operator: str) -> Sequence[AbstractContextManager]:
+    """The ways that a backend can go, to enter one by one."""
     return kernels.ways(operator) if hasattr(kernels, "ways") else [nullcontext()]
 
 

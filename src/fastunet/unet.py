@@ -92,6 +92,7 @@ class FastUNet(reference.UNet):
     Down = Down
     Up = Up
     OutConv = OutConv
+    policies = ("none", "light", "full")
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
@@ -130,17 +131,10 @@ class FastUNet(reference.UNet):
         encoder = [of_kind(block, nn.Conv2d) for block in (self.inc, *self.downs)]
         decoder = [of_kind(block, nn.Conv2d) for block in self.ups]
         if self.checkpointing == "light":
-            return {
-                *chain.from_iterable(c[:-1] for c in encoder),
-                *chain.from_iterable(c[1:] for c in decoder),
-            }
+            return {*chain(*(c[:-1] for c in encoder), *(c[1:] for c in decoder))}
         kept = chain(*(c[-1:] for c in (*encoder[:-1], *decoder[1:-1])))
         upsamplings = (of_kind(block, nn.ConvTranspose2d) for block in self.ups)
-        return {
-            *chain.from_iterable(encoder),
-            *chain.from_iterable(decoder),
-            *chain.from_iterable(upsamplings),
-        } - {*kept}
+        return {*chain(*encoder, *decoder, *upsamplings)} - {*kept}
 
     def use_checkpointing(self, policy: str | None = "full") -> None:
         """Make some maps again in backward instead of keeping them; None turns it off.
@@ -150,13 +144,7 @@ class FastUNet(reference.UNet):
         instance after an out-of-memory error; the state_dict does not change. Under torch.compile
         ``full`` recomputes by blocks, and ``light`` leaves the choice to the compiler.
         """
-        policy = policy or "none"
-        if policy not in POLICIES:
-            raise ValueError(f"checkpointing must be one of {', '.join(POLICIES)}, got {policy!r}")
-        self.checkpointing = policy
-
-
-POLICIES = ("none", "light", "full")
+        super().use_checkpointing(policy)
 
 
 def of_kind(module: nn.Module, kind: type[nn.Module]) -> list[nn.Module]:

@@ -31,7 +31,6 @@ __all__ = [
     "why_not",
 ]
 
-LEAST_CAPABILITY = (8, 0)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -75,10 +74,8 @@ def why_not(x: Tensor) -> str:
         return f"the dtype must be float32, float64, bfloat16 or float16, got {x.dtype}"
     if x.device.type not in ("cuda", "cpu"):
         return f"the tensors must be on a CUDA GPU, got {x.device}"
-    if x.device.type == "cuda":
-        capability = torch.cuda.get_device_capability(x.device)
-        if capability < LEAST_CAPABILITY:
-            return f"the GPU must have compute capability 8.0 or more, got {capability}"
+    if x.device.type == "cuda" and (why := self_check.too_old(x.device)):
+        return why
     why = extension.load_cuda(library_for(x))
     if why and x.device.type == "cpu":
         return f"the tensors must be on a CUDA GPU, got {x.device}"

@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 NORMS = ("batch", "instance", "group", "none")
 ACTIVATIONS = ("relu", "leaky_relu", "none")
 CONCAT_ORDERS = ("skip_first", "up_first")
-CHECKPOINTING = ("none", "full")
 
 
 def make_norm(norm: str, channels: int) -> list[nn.Module]:
@@ -158,6 +157,7 @@ class UNet(nn.Module):
     Down = Down
     Up = Up
     OutConv = OutConv
+    policies: tuple[str, ...] = ("none", "full")  # of checkpointing
 
     def __init__(
         self,
@@ -275,9 +275,9 @@ class UNet(nn.Module):
         does not change, and running statistics are still updated once a step.
         """
         policy = policy or "none"
-        if policy not in CHECKPOINTING:
+        if policy not in self.policies:
             raise ValueError(
-                f"checkpointing must be one of {', '.join(CHECKPOINTING)}, got {policy!r}"
+                f"checkpointing must be one of {', '.join(self.policies)}, got {policy!r}"
             )
         self.checkpointing = policy
 

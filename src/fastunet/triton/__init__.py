@@ -42,7 +42,6 @@ __all__ = [
 ]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LEAST_CAPABILITY = (8, 0)
 
 
 def why_not(x: Tensor) -> str:
@@ -52,10 +51,7 @@ def why_not(x: Tensor) -> str:
     if x.dtype not in DTYPES:
         return f"the dtype must be float32, bfloat16 or float16, got {x.dtype}"
     if x.device.type == "cuda":
-        capability = torch.cuda.get_device_capability(x.device)
-        if capability >= LEAST_CAPABILITY:
-            return ""
-        return f"the GPU must have compute capability 8.0 or more, got {capability}"
+        return self_check.too_old(x.device)
     if x.device.type != "cpu" or not triton.knobs.runtime.interpret:
         return f"the tensors must be on a CUDA GPU, got {x.device}"
     if x.dtype == torch.bfloat16:
