@@ -282,7 +282,12 @@ def test_memory(monkeypatch, job):
     network = TINY._replace(height=64, width=64)
     good, found = run(monkeypatch, job, "memory", chosen=[network], names=names)
     assert good
-    fast, fast_less, eager, eager_less = found["results"]
+    fast, fast_less, eager, eager_less, *predicted = found["results"]
+    assert [p["contender"] for p in predicted[:1] + predicted[-1:]] == [
+        "predicted eager",
+        "predicted full",
+    ]
+    assert all(p["at_peak"]["parameters"] > 0 for p in predicted)
     assert fast["saved"] < eager["saved"]
     assert fast_less["saved"] < fast["saved"]
     assert eager_less["saved"] < eager["saved"]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import fastunet
 from fastunet import FastUNet
 from fastunet.memory import measure_allocations, saved_for_backward
+from fastunet.memory.planning import step_of
 from fastunet.reference import UNet
 
 pytestmark = [
@@ -169,3 +170,31 @@ def test_torch_compile():
         compiled = torch.compile(fast, fullgraph=True)
         for a, b in zip(step(compiled, x), step(twin, x), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_auto_under_a_limit():
+    """Where plain PyTorch runs out of memory, ``auto`` does not."""
+    x = torch.randn(8, 3, 512, 512, device="cuda")
+    total = torch.cuda.get_device_properties("cuda").total_memory
+
+    def step(model: nn.Module) -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(x).float().square().mean()
+        loss.backward()
+
+    models = [kind(3, 2).cuda() for kind in (UNet, FastUNet)]
+    models[1].use_checkpointing("auto")
+    least = step_of(models[1], x.shape, torch.bfloat16).least
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(1.4 * least / total)
+    try:
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            step(models[0])
+        models[0].zero_grad()
+        torch.cuda.empty_cache()
+        for _ in range(2):
+            models[1].zero_grad()
+            step(models[1])
+        assert models[1].memory_plan.recomputed
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)

@@ -234,7 +234,7 @@ def test_policies():
         model.use_checkpointing(policy)
         assert list(model.state_dict()) == keys
     assert build(checkpointing="light").checkpointing == "light"
-    with pytest.raises(ValueError, match="must be one of none, light, full, got 'some'"):
+    with pytest.raises(ValueError, match="must be one of none, light, full, auto, got 'some'"):
         model.use_checkpointing("some")
     with torch.no_grad():
         model.use_checkpointing("full")

@@ -32,8 +32,8 @@ from benchmarks.network_cases import (
 from benchmarks.operator_cases import GPU_SHAPES, Shapes, operator_cases
 from benchmarks.run import measure
 from benchmarks.timing import quantile, seconds
-from fastunet import bound
-from fastunet.memory import measure_allocations, saved_for_backward
+from fastunet import FastUNet, bound
+from fastunet.memory import format_size, measure_allocations, profile, saved_for_backward
 
 from .job import Job
 
@@ -203,6 +203,39 @@ def memory(
                 job.rows[f"{network.name} {name}"] = {**about, **sizes}
 
             job.do(f"networks/{network.name}/step/{name}", name, work)
+
+        def predict(network: Network = network) -> None:
+            check_prediction(job, network)
+
+        job.do(f"networks/{network.name}/step/predicted", "predicted", predict)
+
+
+# By which a predicted peak may differ from the allocator's, cuDNN's workspace included.
+PREDICTION_ERROR = 0.05
+
+
+def check_prediction(job: Job, network: Network) -> None:
+    """Every policy's peak as fastunet.memory.profile predicts it, against the allocator's."""
+    device = job.setting.device
+    shape = (network.batch, 3, network.height, network.width)
+    snapshot = job.path.parent / f"memory-{network.name}.pickle" if device == "cuda" else None
+    model = network.build(FastUNet).to(device)
+    assert isinstance(model, FastUNet)
+    report = profile(model, shape, dtype=job.setting.dtype, measure=True, snapshot=snapshot)
+    wrong = []
+    for run in report.runs:
+        assert run.measured is not None
+        about = {"network": network.name, "contender": f"predicted {run.name}"}
+        figures = {"peak": run.measured, "predicted": run.peak}
+        job.result["results"].append({**about, **figures, "at_peak": run.at_peak.nbytes})
+        sizes = {f"{key}, MiB": f"{value / 2**20:.1f}" for key, value in figures.items()}
+        job.rows[" ".join(about.values())] = {**about, **sizes}
+        if run.cost is not None and abs(run.peak / run.measured - 1) > PREDICTION_ERROR:
+            wrong.append(
+                f"{run.name}: {format_size(run.peak)} predicted, {format_size(run.measured)} found"
+            )
+    if wrong:
+        raise GateError("; ".join(wrong))
 
 
 def footprint(job: Job, network: Network, name: str) -> dict[str, int | None]:

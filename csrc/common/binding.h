@@ -22,6 +22,14 @@ Map<T> output_map(const Tensor& t, const char* name) {
   return m;
 }
 
+// The same, without gaps between pixels.
+template <class T>
+Map<T> dense_output_map(const Tensor& t, const char* name) {
+  const Map<T> m = dense_map<T>(t, name);
+  prefer_huge_pages(m.data, t.numel() * sizeof(T));
+  return m;
+}
+
 // An identity affine, for plain maps of up to C channels.
 template <class A>
 struct Identity {

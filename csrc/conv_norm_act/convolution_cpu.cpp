@@ -50,14 +50,13 @@ void conv_norm_act(Tensor out, FASTUNET_SOURCE_PARAMETERS, const Tensor weight, 
   });
 }
 
-// The gradients that a source gets, where it needs them.
 struct SourceGradArguments {
-  MaybeTensor &dy, &dscale, &dshift;
+  MaybeTensor &dy, &dscale, &dshift, &dz;
 };
 
 template <class T>
 void source_grad(const Input<T>& grad, const Weight& weight, const Pending<T>& source,
-                 int64_t rows_of_source, const Tensor& like, const SourceGradArguments& to) {
+                 int64_t rows_of_source, const SourceGradArguments& to) {
   const int64_t C = source.source.y.C, count = rows_of_source * C;
   const Map<T> dy = output_map<T>(*to.dy, "dy of a source");
   const Map<const T>& y = source.source.y;
@@ -65,10 +64,8 @@ void source_grad(const Input<T>& grad, const Weight& weight, const Pending<T>& s
   float* dshift = rows<float>(to.dshift, count, "dshift of a source");
   require(dy.N == y.N && dy.C == C && dy.H == y.H && dy.W == y.W,
           "dy of a source must have its shape");
-  const bool in_place = source.mode == Mode::none && y.H == grad.H && y.W == grad.W;
-  if (in_place && source.load == Load::plain)
-    return Convolution<T, RawOutput<T>>(grad, weight, {dy, nullptr}).run();
-  if (in_place) {
+  const Map<T> dz = map_grad(source, dy, to.dz, grad.H, grad.W);
+  if (!to.dz && source.load == Load::affine) {
     std::vector<float> sums;
     Convolution<T, SourceGrad<T>>(grad, weight, {source.source, dy, sums}).run();
     const int64_t groups = static_cast<int64_t>(sums.size()) / (2 * C);
@@ -76,21 +73,20 @@ void source_grad(const Input<T>& grad, const Weight& weight, const Pending<T>& s
     if (dshift) sum_chunks(sums.data() + C, groups, 2 * C, C, rows_of_source, dshift);
     return;
   }
-  const Tensor dz = torch::stable::new_empty(like, {grad.N, grad.H, grad.W, C});
-  const Map<T> map = dense(data<T>(dz, "dz"), grad.N, C, grad.H, grad.W);
-  prefer_huge_pages(map.data, dz.numel() * sizeof(T));
-  Convolution<T, RawOutput<T>>(grad, weight, {map, nullptr}).run();
-  resample_map_bwd<T>(source.source, source.mode, source.taps, map.read_only(), dy, dscale, dshift,
-                      rows_of_source);
+  Convolution<T, RawOutput<T>>(grad, weight, {dz, nullptr}).run();
+  if (to.dz)
+    resample_map_bwd<T>(source.source, source.mode, source.taps, dz.read_only(), dy, dscale, dshift,
+                        rows_of_source);
 }
 
-void conv_norm_act_bwd(MaybeTensor dweight, Tensor dgamma, Tensor dbeta, MaybeTensor dy0,
-                       MaybeTensor dscale0, MaybeTensor dshift0, MaybeTensor dy1,
-                       MaybeTensor dscale1, MaybeTensor dshift1, const Tensor dy,
-                       const MaybeTensor dscale, const MaybeTensor dshift,
-                       FASTUNET_SOURCE_PARAMETERS, const Tensor weight, std::string norm,
-                       int64_t groups, double eps, const MaybeTensor y, const Tensor center,
-                       const Tensor scale, const Tensor var) {
+// The gradients of the parameters and of one of the sources, so that not all sources' need to be
+// allocated at a time.
+void conv_norm_act_bwd(MaybeTensor dweight, MaybeTensor dgamma, MaybeTensor dbeta,
+                       MaybeTensor dy_source, MaybeTensor dscale_source, MaybeTensor dshift_source,
+                       MaybeTensor dz, int64_t of, const Tensor dy, const MaybeTensor dscale,
+                       const MaybeTensor dshift, FASTUNET_SOURCE_PARAMETERS, const Tensor weight,
+                       std::string norm, int64_t groups, double eps, const MaybeTensor y,
+                       const Tensor center, const Tensor scale, const Tensor var) {
   dispatch_fp32_arithmetic(dy.scalar_type(), [&](auto t) {
     using T = decltype(t);
     const Map<const T> from = dense_map<const T>(dy, "dy");
@@ -106,8 +102,9 @@ void conv_norm_act_bwd(MaybeTensor dweight, Tensor dgamma, Tensor dbeta, MaybeTe
     const float* v = rows<const float>(var, count, "var");
     const float* ds = rows<const float>(dscale, count, "dscale");
     const float* db = rows<const float>(dshift, count, "dshift");
-    affine_bwd(g, v, ds, db, eps, rows<float>(dgamma, from.C, "dgamma"),
-               rows<float>(dbeta, from.C, "dbeta"));
+    if (dgamma && dbeta)
+      affine_bwd(g, v, ds, db, eps, rows<float>(dgamma, from.C, "dgamma"),
+                 rows<float>(dbeta, from.C, "dbeta"));
     Input<T> grad{{}, from.N, from.H, from.W, from.C};
     Source<T> of_y = identity.of<T>(from);
     const bool statistics = norm == "batch" || norm == "group";
@@ -129,16 +126,14 @@ void conv_norm_act_bwd(MaybeTensor dweight, Tensor dgamma, Tensor dbeta, MaybeTe
               "dweight must be contiguous, of the weight's shape");
       WeightGrad<T>(x, grad, data<float>(*dweight, "dweight")).run();
     }
-    const SourceGradArguments of_sources[] = {{dy0, dscale0, dshift0}, {dy1, dscale1, dshift1}};
-    const MaybeTensor* scales[] = {&scale0, &scale1};
+    if (!dy_source) return;
+    require(of == 0 || (of == 1 && x.sources.size() == 2), "there is no source ", of);
+    const MaybeTensor& scale_source = of == 0 ? scale0 : scale1;
     Weight part = weight_view(weight, true);
-    for (size_t i = 0; i < x.sources.size(); ++i) {
-      part.N = x.sources[i].source.y.C;
-      if (of_sources[i].dy)
-        source_grad(grad, part, x.sources[i], *scales[i] ? (*scales[i])->size(0) : 1, dy,
-                    of_sources[i]);
-      part.data += part.N * part.n_stride;
-    }
+    if (of == 1) part.data += x.sources[0].source.y.C * part.n_stride;
+    part.N = x.sources[of].source.y.C;
+    source_grad(grad, part, x.sources[of], scale_source ? scale_source->size(0) : 1,
+                {dy_source, dscale_source, dshift_source, dz});
   });
 }
 
@@ -149,12 +144,12 @@ FASTUNET_KERNEL(conv_norm_act,
                 ", Tensor weight, str norm, Tensor? bias, Tensor? gamma, Tensor? beta, "
                 "Tensor? running_mean, Tensor? running_var, int groups, float eps, "
                 "Tensor(b!) center, Tensor(c!) scale, Tensor(d!) shift, Tensor(e!) var) -> ()")
-FASTUNET_KERNEL(conv_norm_act_bwd,
-                "conv_norm_act_bwd(Tensor(a!)? dweight, Tensor(b!) dgamma, Tensor(c!) dbeta, "
-                "Tensor(d!)? dy0, Tensor(e!)? dscale0, Tensor(f!)? dshift0, "
-                "Tensor(g!)? dy1, Tensor(h!)? dscale1, Tensor(i!)? dshift1, Tensor dy, "
-                "Tensor? dscale, Tensor? dshift, " FASTUNET_SOURCES
-                ", Tensor weight, str norm, int groups, float eps, Tensor? y, Tensor center, "
-                "Tensor scale, Tensor var) -> ()")
+FASTUNET_KERNEL(
+    conv_norm_act_bwd,
+    "conv_norm_act_bwd(Tensor(a!)? dweight, Tensor(b!)? dgamma, Tensor(c!)? dbeta, "
+    "Tensor(d!)? dy_source, Tensor(e!)? dscale_source, Tensor(f!)? dshift_source, "
+    "Tensor(g!)? dz, int of, Tensor dy, Tensor? dscale, Tensor? dshift, " FASTUNET_SOURCES
+    ", Tensor weight, str norm, int groups, float eps, Tensor? y, Tensor center, "
+    "Tensor scale, Tensor var) -> ()")
 
 }  // namespace fastunet

@@ -31,7 +31,7 @@ void conv_transpose(Tensor out, const Tensor y, const MaybeTensor center, const 
 }
 
 void conv_transpose_bwd(MaybeTensor dweight, Tensor dbias, MaybeTensor dy0, MaybeTensor dscale0,
-                        MaybeTensor dshift0, const Tensor dy, const Tensor y,
+                        MaybeTensor dshift0, MaybeTensor dz, const Tensor dy, const Tensor y,
                         const MaybeTensor center, const MaybeTensor scale, const MaybeTensor shift,
                         double slope, int64_t mode, const Tensor weight) {
   const MaybeTensor first = y;
@@ -55,13 +55,15 @@ void conv_transpose_bwd(MaybeTensor dweight, Tensor dbias, MaybeTensor dy0, Mayb
 
     const Pending<T>& source = in.sources[0];
     const int64_t C = in.C, rows_of_source = scale ? scale->size(0) : 1;
-    const Map<T> to = output_map<T>(*dy0, "dy of the source");
+    const Map<T> to = dense_output_map<T>(*dy0, "dy of the source");
+    const Map<const T>& of = source.source.y;
+    require(to.N == of.N && to.C == C && to.H == of.H && to.W == of.W,
+            "dy of the source must have its shape, ", shape(y), ", got ", shape(*dy0));
     float* dscale = rows<float>(dscale0, rows_of_source * C, "dscale of the source");
     float* dshift = rows<float>(dshift0, rows_of_source * C, "dshift of the source");
-    const Tensor dz = torch::stable::new_empty(dy, {in.N, in.H, in.W, C});
-    const Map<T> z = dense(data<T>(dz, "dz"), in.N, C, in.H, in.W);
-    kernel.backward(from, dw, db, z);
-    resample_map_bwd<T>(source.source, source.mode, source.taps, z.read_only(), to, dscale, dshift,
+    const Map<T> dx = map_grad(source, to, dz, in.H, in.W);
+    kernel.backward(from, dw, db, dx);
+    resample_map_bwd<T>(source.source, source.mode, source.taps, dx.read_only(), to, dscale, dshift,
                         rows_of_source);
   });
 }
@@ -73,7 +75,8 @@ FASTUNET_KERNEL(conv_transpose,
                 "Tensor? shift, float slope, int mode, Tensor weight, Tensor? bias) -> ()")
 FASTUNET_KERNEL(conv_transpose_bwd,
                 "conv_transpose_bwd(Tensor(a!)? dweight, Tensor(b!) dbias, Tensor(c!)? dy0, "
-                "Tensor(d!)? dscale, Tensor(e!)? dshift, Tensor dy, Tensor y, Tensor? center, "
-                "Tensor? scale, Tensor? shift, float slope, int mode, Tensor weight) -> ()")
+                "Tensor(d!)? dscale, Tensor(e!)? dshift, Tensor(f!)? dz, Tensor dy, Tensor y, "
+                "Tensor? center, Tensor? scale, Tensor? shift, float slope, int mode, "
+                "Tensor weight) -> ()")
 
 }  // namespace fastunet

@@ -40,4 +40,19 @@ Input<T> input(const Map<Size>& size, const Identity<float>& identity,
   return in;
 }
 
+// Where the gradient of the H x W map that a source stands for is formed: in dy, the source's own,
+// if it is read pixel for pixel; else in the scratch map dz, from which dy is gathered.
+template <class T>
+Map<T> map_grad(const Pending<T>& source, const Map<T>& dy, const MaybeTensor& dz, int64_t H,
+                int64_t W) {
+  const bool in_place = source.mode == Mode::none && dy.H == H && dy.W == W;
+  require(dz.has_value() != in_place, "dz must be given where a source is resampled or placed, ",
+          "and there alone");
+  if (in_place) return dy;
+  const Map<T> map = dense_output_map<T>(*dz, "dz");
+  require(map.N == dy.N && map.C == dy.C && map.H == H && map.W == W, "dz must be [", dy.N, ", ",
+          dy.C, ", ", H, ", ", W, "], got ", shape(*dz));
+  return map;
+}
+
 }  // namespace fastunet

@@ -347,7 +347,8 @@ class ResampleBwd {
   Placement place_;
 };
 
-// The whole map by all threads; dscale, dshift: [rows][C] or null.
+// The whole map by all threads; dscale, dshift: [rows][C] or null. Where the source is neither
+// resampled nor placed, dz may be dy itself: a pixel's gradient is read before it is written.
 template <class T>
 void resample_map_bwd(const Source<T>& s, Mode mode, const UpsampleTaps<acc_t<T>>& taps,
                       const Map<const T>& dz, const Map<T>& dy, acc_t<T>* dscale, acc_t<T>* dshift,

@@ -61,8 +61,24 @@ def module(name: str) -> ModuleType:
     return importlib.import_module(f"fastunet.{name}")
 
 
+_assumed: tuple[str, ...] = ()
+
+
+@contextlib.contextmanager
+def assumed(names: tuple[str, ...]):
+    """Within this context these backends can serve, no others: as on a machine that is not here."""
+    global _assumed
+    previous, _assumed = _assumed, names
+    try:
+        yield
+    finally:
+        _assumed = previous
+
+
 def why_not(name: str, operator: str, x: Tensor) -> str:
     """Why a backend is not chosen automatically for an operator on ``x``; empty where it can be."""
+    if _assumed:
+        return "" if name in _assumed else f"{name} is not on the machine that is assumed"
     candidate = module(name)
     why = candidate.why_not(x)
     if not why and hasattr(candidate, "distrusted"):
@@ -108,7 +124,7 @@ def select(name: str, operator: str, x: Tensor, convolves: Convolves | None = No
     """
     if name != AUTO:
         chosen = module(name)
-        if why := chosen.why_not(x):
+        if not _assumed and (why := chosen.why_not(x)):
             raise RuntimeError(f"backend {name!r} cannot serve this: {why}")
         return chosen
     return module(choose(operator, x, convolves)[0])

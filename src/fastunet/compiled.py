@@ -28,6 +28,13 @@ def empty_grads(source: Activation) -> Grads:
     return (dy, None, None) if source.scale is None else (dy, *empty_vectors(source.scale))
 
 
+def empty_map_grad(source: Activation) -> Tensor | None:
+    """Scratch for the gradient of the map that a source stands for; none where it is that of y."""
+    if not source.resampling_pending:
+        return None
+    return empty_map(source.y, source.y.size(1), source.size)
+
+
 class Passes:
     """The kernels that read and write maps once, and products by PyTorch between them.
 

@@ -7,7 +7,7 @@ a block called on its own with a tensor), the reference's forward runs instead.
 
 import contextlib
 from itertools import chain
-from typing import TypeGuard, TypeVar
+from typing import TYPE_CHECKING, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,9 @@ from fastunet.activation import (
 )
 from fastunet.ops import conv_norm_act, conv_transpose, head, materialize
 from fastunet.recompute import is_forgotten, recomputing
+
+if TYPE_CHECKING:
+    from fastunet.memory import MemoryPlan
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -92,7 +95,8 @@ class FastUNet(reference.UNet):
     Down = Down
     Up = Up
     OutConv = OutConv
-    policies = ("none", "light", "full")
+    policies = ("none", "light", "full", "auto")
+    memory_plan: "MemoryPlan | None" = None  # in force: given, or made by ``auto``
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
@@ -103,7 +107,7 @@ class FastUNet(reference.UNet):
             if p.dim() == 4
         ):
             memory_format = torch.channels_last
-        with self.forgetting():
+        with self.forgetting(x):
             return materialize(self.levels(Activation.of(x, memory_format)))
 
     def call(self, block, *inputs):
@@ -114,14 +118,25 @@ class FastUNet(reference.UNet):
             return super().run(block, *inputs)
         return self.call(block, *inputs)
 
-    def forgetting(self) -> contextlib.AbstractContextManager:
+    def forgetting(self, x: Tensor) -> contextlib.AbstractContextManager:
         off = self.checkpointing == "none" or not torch.is_grad_enabled()
         if off or torch.compiler.is_compiling():
             return contextlib.nullcontext()
+        if self.checkpointing == "auto":
+            from fastunet.memory import fit
+
+            self.memory_plan = fit(self, x)
         return recomputing(self.forgotten())
 
     def forgotten(self) -> set[nn.Module]:
-        """The convolutions whose outputs backward makes again.
+        """The convolutions whose outputs backward makes again."""
+        if self.memory_plan is None:
+            return self.forgotten_by(self.checkpointing)
+        names = self.memory_plan.recomputed
+        return {module for name, module in self.named_modules() if name in names}
+
+    def forgotten_by(self, policy: str) -> set[nn.Module]:
+        """The same under one of the policies.
 
         ``light``: of the encoder's blocks all but the last, of the decoder's all but the first, the
         one with the most products. ``full``: all but the last of a block, from which its level can
@@ -130,21 +145,34 @@ class FastUNet(reference.UNet):
         """
         encoder = [of_kind(block, nn.Conv2d) for block in (self.inc, *self.downs)]
         decoder = [of_kind(block, nn.Conv2d) for block in self.ups]
-        if self.checkpointing == "light":
+        if policy == "none":
+            return set()
+        if policy == "light":
             return {*chain(*(c[:-1] for c in encoder), *(c[1:] for c in decoder))}
         kept = chain(*(c[-1:] for c in (*encoder[:-1], *decoder[1:-1])))
         upsamplings = (of_kind(block, nn.ConvTranspose2d) for block in self.ups)
         return {*chain(*encoder, *decoder, *upsamplings)} - {*kept}
 
-    def use_checkpointing(self, policy: str | None = "full") -> None:
+    def use_checkpointing(self, policy: "str | MemoryPlan | None" = "full") -> None:
         """Make some maps again in backward instead of keeping them; None turns it off.
 
-        ``light`` makes one of two convolutions' outputs again, ``full`` nearly all. Gradients and
-        running statistics are those of ``none``, bit for bit. May be called between steps, for
-        instance after an out-of-memory error; the state_dict does not change. Under torch.compile
-        ``full`` recomputes by blocks, and ``light`` leaves the choice to the compiler.
+        ``light`` makes one of two convolutions' outputs again, ``full`` nearly all; ``auto``, at
+        each forward pass, the cheapest choice that the memory then left allows; a plan, as
+        ``fastunet.memory.plan`` makes it, what it says. Gradients and running statistics are those
+        of ``none``, bit for bit. May be called between steps, for instance after an out-of-memory
+        error; the state_dict does not change. Under torch.compile ``full`` recomputes by blocks,
+        and the others leave the choice to the compiler.
+
+        Raises:
+            ValueError: for another policy, and for a plan with layers that this model has not.
         """
-        super().use_checkpointing(policy)
+        self.memory_plan = None
+        self.__dict__.pop("_steps", None)
+        if policy is None or isinstance(policy, str):
+            return super().use_checkpointing(policy)
+        if other := sorted({*policy.layers} - {name for name, _ in self.named_modules()}):
+            raise ValueError(f"the plan must be for this model, which has no layer {other[0]!r}")
+        self.checkpointing, self.memory_plan = "plan", policy
 
 
 def of_kind(module: nn.Module, kind: type[nn.Module]) -> list[nn.Module]:

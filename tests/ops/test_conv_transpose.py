@@ -22,7 +22,11 @@ from checks import (
 )
 from oracle import CHANNELS, MODE_NAMES, MODES, PLACEMENTS, SLOPES, ConvTranspose, Source, random
 
-from fastunet.activation import Activation
+from fastunet import cpu
+from fastunet.activation import BILINEAR, MAX_POOL, Activation
+from fastunet.compiled import flat
+from fastunet.extension import kernels
+from fastunet.memory import measure_allocations
 from fastunet.ops import conv_transpose
 
 
@@ -118,3 +122,33 @@ def test_errors(backend):
         conv_transpose(x, random(8, 2, 2, 2, dtype=torch.float64))
     with pytest.raises(TypeError, match="device meta, got cpu"):
         conv_transpose(x, random(8, 2, 2, 2).to("meta"))
+
+
+def test_scratch_of_backward(compiled):
+    """A source that is read pixel for pixel needs none."""
+    case = ConvTranspose(Source(8, 32, 32))
+    tensors = case.tensors()
+    source, dy = case.source.activation(tensors), random(2, 64, 64, 3).permute(0, 3, 1, 2)
+    arguments = dy, source, (True, True), tensors["weight"]
+    _, live, peak = measure_allocations(lambda: cpu.conv_transpose_bwd(*arguments))
+    assert peak == live
+
+
+@pytest.mark.parametrize(
+    ("source", "size", "message"),
+    [
+        (Source(8, 4, 4), (4, 4), "dz must be given where a source is resampled or placed"),
+        (Source(8, 8, 8, MAX_POOL), None, "dz must be given where a source is resampled or placed"),
+        (Source(8, 2, 2, BILINEAR), (2, 2), r"dz must be \[2, 8, 4, 4\], got \[2, 8, 2, 2\]"),
+    ],
+    ids=["extra", "missing", "size"],
+)
+def test_kernels_refuse_wrong_scratch(compiled, source, size, message):
+    case = ConvTranspose(source)
+    tensors = case.tensors()
+    dz = None if size is None else random(2, *size, 8).permute(0, 3, 1, 2)
+    grads = torch.empty_like(tensors["y"]), None, None, dz, random(2, 8, 8, 3).permute(0, 3, 1, 2)
+    with pytest.raises(RuntimeError, match=message):
+        kernels().conv_transpose_bwd(
+            None, torch.empty(3), *grads, *flat(source.activation(tensors)), tensors["weight"]
+        )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastunet.activation import Activation
-from fastunet.compiled import NO_GRADS, Grads, empty_grads, flat
+from fastunet.compiled import NO_GRADS, Grads, empty_grads, empty_map_grad, flat
 from fastunet.extension import kernels
 from fastunet.maps import empty_map
 
@@ -73,16 +73,7 @@ def conv_norm_act_bwd(
         dy = empty_map(sources[0].y, weight.size(0), sources[0].size).zero_()
     dweight = torch.empty(weight.shape) if needs[0] else None
     dgamma, dbeta = (center.new_empty(center.size(1)) for _ in range(2))
-    of_sources = [
-        empty_grads(source) if need else NO_GRADS
-        for source, need in zip(sources, needs[1:], strict=True)
-    ]
-    kernels().conv_norm_act_bwd(
-        dweight,
-        dgamma,
-        dbeta,
-        *sum(of_sources, ()),
-        *[None] * (6 - 3 * len(sources)),
+    arguments = (
         dy.contiguous(memory_format=torch.channels_last),
         dscale,
         dshift,
@@ -96,6 +87,21 @@ def conv_norm_act_bwd(
         scale,
         var,
     )
+    # Source by source, the resampled first: its scratch is gone before the next one's map is there.
+    of_sources = [NO_GRADS for _ in sources]
+    of_parameters: Grads = dweight, dgamma, dbeta  # once, with the first source
+    for i in sorted(range(len(sources)), key=lambda i: not sources[i].resampling_pending):
+        need = needs[1 + i]
+        if need:
+            of_sources[i] = empty_grads(sources[i])
+        kernels().conv_norm_act_bwd(
+            *of_parameters,
+            *of_sources[i],
+            empty_map_grad(sources[i]) if need else None,
+            i,
+            *arguments,
+        )
+        of_parameters = NO_GRADS
     return dweight, dgamma, dbeta, of_sources
 
 

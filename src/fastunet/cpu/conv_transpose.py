@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastunet.activation import Activation
-from fastunet.compiled import NO_GRADS, empty_grads, flat
+from fastunet.compiled import NO_GRADS, empty_grads, empty_map_grad, flat
 from fastunet.extension import kernels
 from fastunet.maps import channel_adjacent, empty_map
 
@@ -30,6 +30,7 @@ def conv_transpose_bwd(
         dweight,
         dbias,
         *of_source,
+        empty_map_grad(source) if needs[1] else None,
         channel_adjacent(dy),
         *flat(source),
         weight.float().contiguous(),

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 library = torch.library.Library("fastunet", "DEF")
+implementations: dict[str, Callable] = {}  # by the operator's name
 
 
 def define(name: str, schema: str, implementation: Callable, fake: Callable) -> None:
     """Defines ``fastunet::name``. ``implementation`` chooses a backend, so serves all devices."""
+    implementations[name] = implementation
     library.define(name + schema, tags=[torch.Tag.pt2_compliant_tag])
     library.impl(name, without_autocast(implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastunet::{name}", fake, lib=library)

@@ -268,7 +268,7 @@ class UNet(nn.Module):
             context_fn=lambda: (contextlib.nullcontext(), frozen_running_statistics(block)),
         )
 
-    def use_checkpointing(self, policy: str | None = "full") -> None:
+    def use_checkpointing(self, policy: Any = "full") -> None:
         """Recompute each block in backward instead of keeping its maps; None turns it off.
 
         May be called between steps, for instance after an out-of-memory error. The state_dict

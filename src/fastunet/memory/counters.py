@@ -1,4 +1,4 @@
-"""How much memory a computation takes: what autograd keeps, and what the allocator hands out.
+"""What a computation takes, counted as it runs: what autograd keeps, what the allocator hands out.
 
 All figures are in bytes.
 """
