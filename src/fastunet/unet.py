@@ -7,9 +7,10 @@ a block called on its own with a tensor), the reference's forward runs instead.
 
 import contextlib
 from itertools import chain
-from typing import TYPE_CHECKING, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import (  # type: ignore[attr-defined]
     _verify_batch_size,
@@ -25,12 +26,13 @@ from fastunet.activation import (
     Concat,
     suggested_format,
 )
-from fastunet.ops import conv_norm_act, conv_transpose, head, materialize
+from fastunet.ops import conv_norm_act, conv_transpose, head, materialize, sync_norm
 from fastunet.recompute import is_forgotten, recomputing
 
 if TYPE_CHECKING:
     from fastunet.memory import MemoryPlan
 
+BatchNorm = nn.BatchNorm2d | nn.SyncBatchNorm
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -243,7 +245,9 @@ def conv_layers(layers: nn.Module) -> list[tuple[nn.Conv2d, nn.Module | None, fl
         if not found:
             return None
         conv, norm, slope = found[-1]
-        if is_plain(module, nn.BatchNorm2d, nn.InstanceNorm2d, nn.GroupNorm):
+        if is_plain(module, nn.BatchNorm2d, nn.InstanceNorm2d, nn.GroupNorm, nn.SyncBatchNorm):
+            if isinstance(module, nn.SyncBatchNorm) and torch.compiler.is_compiling():
+                return None
             tracked = getattr(module, "track_running_stats", False)
             if norm is not None or slope != 1 or (tracked and type(module) is nn.InstanceNorm2d):
                 return None
@@ -260,7 +264,9 @@ def conv_layers(layers: nn.Module) -> list[tuple[nn.Conv2d, nn.Module | None, fl
 def conv_layer(
     x: Activation | Concat, conv: nn.Conv2d, norm: nn.Module | None, slope: float
 ) -> Activation:
-    if isinstance(norm, nn.BatchNorm2d):
+    if isinstance(norm, nn.SyncBatchNorm) and (group := group_of(norm)):
+        return sync_norm_layer(x, conv, norm, slope, group)
+    if isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm):
         return batch_norm_layer(x, conv, norm, slope)
     if norm is None:
         return conv_norm_act(
@@ -292,7 +298,7 @@ def conv_layer(
 
 
 def batch_norm_layer(
-    x: Activation | Concat, conv: nn.Conv2d, norm: nn.BatchNorm2d, slope: float
+    x: Activation | Concat, conv: nn.Conv2d, norm: BatchNorm, slope: float
 ) -> Activation:
     batch = norm.training or norm.running_mean is None
     if batch:
@@ -313,19 +319,41 @@ def batch_norm_layer(
     if norm.training and norm.track_running_stats:
         assert mean is not None
         assert var is not None
-        update_running_statistics(norm, mean, var, y)
+        update_running_statistics(norm, mean, var, y.y.numel() // y.y.size(1))
+    return y
+
+
+def group_of(norm: nn.SyncBatchNorm) -> Any:
+    """The process group over which its statistics are taken now; None for this batch alone."""
+    if not norm.training or not dist.is_available() or not dist.is_initialized():
+        return None
+    group: Any = norm.process_group or dist.group.WORLD
+    return group if group.size() > 1 else None
+
+
+def sync_norm_layer(
+    x: Activation | Concat, conv: nn.Conv2d, norm: nn.SyncBatchNorm, slope: float, group: Any
+) -> Activation:
+    plain = conv_norm_act(x, conv.weight, recompute=is_forgotten(conv)).output
+    y, mean, var, count = sync_norm(
+        plain, conv.bias, norm.weight, norm.bias, norm.eps, slope, group
+    )
+    if norm.track_running_stats:
+        update_running_statistics(norm, mean, var, count)
     return y
 
 
 @torch.no_grad()
-def update_running_statistics(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, y: Activation):
+def update_running_statistics(
+    norm: BatchNorm, mean: Tensor, var: Tensor, count: int | Tensor
+) -> None:
     """What BatchNorm does in training, but not when a checkpoint recomputes the layer."""
     if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
         return
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
-    count = y.y.numel() // y.y.size(1)
-    if norm.running_mean is None or norm.running_var is None or count == 0:
+    empty = isinstance(count, int) and count == 0
+    if norm.running_mean is None or norm.running_var is None or empty:
         return
     momentum = norm.momentum
     if momentum is None:

@@ -158,6 +158,8 @@ def fake_copy(model: UNet) -> UNet:
         memo[id(t)] = nn.Parameter(empty, t.requires_grad) if is_parameter else empty
     copied = copy.deepcopy(model, memo)
     for module in copied.modules():
+        if type(module) is nn.SyncBatchNorm:  # there is nobody to talk to
+            module.__class__ = nn.BatchNorm2d  # type: ignore[assignment]
         for name, hooks in vars(module).items():
             if name.endswith("_hooks") and isinstance(hooks, dict):
                 for key in hooks:

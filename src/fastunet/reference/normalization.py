@@ -82,6 +82,23 @@ def normalization_bwd(
     return affine_bwd(dscale, dshift, var, eps)
 
 
+def statistics_bwd(
+    dscale: Tensor,
+    dshift: Tensor,
+    y: Tensor,
+    center: Tensor,
+    scale: Tensor,
+    var: Tensor,
+    eps: float,
+) -> Tensor:
+    """What flows to y through the statistics of a batch, center and var, of which y may be a part:
+    the formula of docs/design.md."""
+    count = y.numel() // y.size(1)
+    deviation = y.to(scale.dtype) - per_channel(center)
+    slope = per_channel(scale * dscale / (var + eps) / count)
+    return -slope * deviation - per_channel(scale * dshift / count)
+
+
 def affine_bwd(
     dscale: Tensor | None, dshift: Tensor | None, var: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
