@@ -1,6 +1,7 @@
 """The report, its pictures, and the command line."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -133,12 +134,15 @@ def test_command_line(tmp_path):
         (["--budget", "lots"], "a size must be bytes or like '6GiB'"),
         (["--budget", "1KB", "--plan", "x.json"], "a plan needs a budget that can be met"),
         (["--find-batch"], "needs a budget"),
+        pytest.param(
+            ["--measure", "--device", "cuda"],
+            "--measure on cuda needs a GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
         (["--depth", "7"], "at least 2\\*\\*depth = 128, got 64x64"),
     ],
 )
 def test_command_line_refuses(options, message):
     done = CliRunner().invoke(main, [*SMALL, *options])
     assert done.exit_code == 2
-    import re
-
     assert re.search(message, " ".join(done.output.split()))

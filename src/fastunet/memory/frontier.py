@@ -202,18 +202,20 @@ class Choices(NamedTuple):
         # Now a row can be no better than earlier ones alone. Ranks compare faster than numbers.
         ranks = (torch.unique(number, return_inverse=True)[1] for number in self[:-1])
         rows = torch.stack([rank.int() for rank in ranks])[:, order]
-        better, found = rows[:, :0], []
+        better: list[Tensor] = []
+        found = []
         for chunk, of in zip(rows.split(CHUNK, 1), order.split(CHUNK), strict=True):
-            alive = ~no_better(chunk, better).any(1)
-            chunk, of = chunk[:, alive], of[alive]
+            for others in better:
+                alive = ~no_better(chunk, others).any(1)
+                chunk, of = chunk[:, alive], of[alive]
             alive = ~no_better(chunk, chunk).tril(-1).any(1)
-            better = torch.cat([better, chunk[:, alive]], 1)
+            better.append(chunk[:, alive])
             found.append(of[alive])
         kept = torch.cat(found)
         return Choices(*(column[kept] for column in self))
 
 
-CHUNK = 256  # rows compared at a time: the comparisons stay in the cache
+CHUNK = 512  # rows compared at a time: the comparisons stay in the cache
 
 
 def no_better(rows: Tensor, than: Tensor) -> Tensor:
