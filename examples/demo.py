@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 
 import click
-import mni152
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
@@ -26,6 +25,7 @@ from tqdm import tqdm
 from fastunet import FastUNet
 from fastunet.memory import measure_allocations, saved_for_backward
 from fastunet.reference import UNet
+from fastunet.training import mni152
 
 LEARNING_RATE = 3e-3
 EARLY = 20  # steps; later, rounding differences have grown by chaos, as between any two runs

@@ -13,7 +13,8 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import demo  # noqa: E402
-import mni152  # noqa: E402
+
+from fastunet.training import mni152  # noqa: E402
 
 
 def run_demo(*options: str) -> subprocess.CompletedProcess:

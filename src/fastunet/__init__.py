@@ -6,6 +6,7 @@ from . import reference
 from .activation import Activation
 from .backends import backend
 from .capture import capture
+from .tiling import predict
 from .unet import FastUNet
 from .weights import load_weights
 
@@ -17,6 +18,7 @@ __all__ = [
     "capture",
     "load_weights",
     "memory",
+    "predict",
     "reference",
     "tune",
 ]

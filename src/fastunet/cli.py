@@ -1,8 +1,10 @@
 """The command line: ``fastunet ...`` and ``python -m fastunet ...``."""
 
 import json
+import logging
 import re
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import click
 
 from . import __version__, bound
 from . import doctor as diagnosis
+from .training.settings import Settings
 
 
 @click.group()
@@ -138,6 +141,8 @@ def profile(
 
     from . import FastUNet, memory
 
+    if measure and device == "cuda" and not torch.cuda.is_available():
+        raise click.UsageError("--measure on cuda needs a GPU here; without it, all is predicted.")
     try:
         with torch.device(device or "cpu" if measure else "meta"):
             model = FastUNet(**network)
@@ -163,3 +168,82 @@ def profile(
     click.echo(json.dumps(report.to_dict(), indent=2) if as_json else report)
     for file in files:
         click.echo(file, err=as_json)
+
+
+def of_training(command: Callable) -> Callable:
+    """The options of a training run, from its settings."""
+    for entry in reversed(fields(Settings)):
+        about, default = entry.metadata, entry.default
+        flag = f"--{entry.name.replace('_', '-')}"
+        kind: Any = str if default is None else type(default)
+        if about["choices"]:
+            kind = click.Choice(about["choices"])
+        elif "Folder" in about["help"]:
+            kind = click.Path(path_type=Path)
+        elif kind is bool:
+            flag, kind = (f"{flag}/--no-{entry.name}" if default else flag), None
+        command = click.option(
+            flag,
+            type=kind,
+            is_flag=kind is None,
+            default=default,
+            show_default=default is not None and kind is not None,
+            help=about["help"],
+        )(command)
+    return command
+
+
+@main.command()
+@of_training
+def train(**options: Any) -> None:
+    """Train a U-Net on images with masks; stop it at any time, and go on with --resume."""
+    try:
+        settings = Settings(**options)
+    except ValueError as error:
+        raise click.UsageError(f"{error}.") from None
+    try:
+        from .training.loop import Interrupted
+        from .training.loop import train as run
+    except (ImportError, RuntimeError) as error:
+        raise click.ClickException(
+            f"training needs more packages, `pip install 'fastunet[train]'` gets them: {error}."
+        ) from None
+    try:
+        run(settings)
+    except Interrupted as stop:
+        click.echo(f"{stop}.", err=True)
+        raise SystemExit(128 + stop.signal) from None
+    except KeyboardInterrupt:
+        click.echo("stopped before the first step.", err=True)
+        raise SystemExit(130) from None
+    except (ValueError, OSError, MemoryError) as error:
+        raise click.ClickException(f"{str(error).rstrip('.')}.") from None
+
+
+@main.command()
+@click.argument("images", type=click.Path(path_type=Path))
+@click.option("--checkpoint", required=True, type=click.Path(path_type=Path), help="Of a training.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write to.")
+@click.option("--tile", default=768, show_default=True, help="Side of a tile in pixels.")
+@click.option("--overlap", type=int, help="Of two tiles, in pixels.  [default: by the depth]")
+@click.option("--batch-size", default=1, show_default=True, help="Tiles at once.")
+@click.option("--overlay/--no-overlay", "overlays", default=True, help="Also write overlays.")
+@click.option("--device", help="Such as cpu or cuda:1.  [default: a GPU if there is one]")
+def predict(images: Path, **options: Any) -> None:
+    """Write the mask, and an overlay, of an image or of every image of a folder."""
+    try:
+        from .prediction import predict_files
+    except ImportError as error:
+        raise click.ClickException(
+            f"predicting needs more packages, `pip install 'fastunet[predict]'` gets them: {error}."
+        ) from None
+    logging.getLogger("tifffile").disabled = True  # what it says of a damaged file, we say too
+    try:
+        faults = predict_files(images, **options)
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:  # also memory of a device
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        raise click.ClickException(f"{first.rstrip('.')}.") from None
+    for fault in faults:
+        click.echo(f"Error: {fault.rstrip('.')}.", err=True)
+    if faults:
+        raise SystemExit(1)
