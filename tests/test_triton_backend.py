@@ -29,6 +29,7 @@ VARIANTS = {
     "no norm": ({"norm": "none", "bilinear": True, "depth": 1}, (5, 8)),
     "group": ({"norm": "group", "activation": "leaky_relu", "depth": 1}, (5, 8)),
 }
+REST = ("defaults",)  # interpreted, a minute
 
 
 @pytest.fixture
@@ -42,7 +43,10 @@ def own_cache(tmp_path, monkeypatch):
         known.cache_clear()
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(v, marks=pytest.mark.slow if v in REST else ()) for v in VARIANTS],
+)
 def test_training(variant):
     """Logits, gradients and running statistics, at most twice as far from float64 as plain
     PyTorch's."""
@@ -58,7 +62,10 @@ def test_other_ways(way):
 
 
 @pytest.mark.parametrize("way", selection.CANDIDATES)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(v, marks=pytest.mark.slow if v in REST else ()) for v in VARIANTS],
+)
 def test_inference(variant, way):
     """Norms and activations are done as each map is written; what is kept of the parameters
     serves again."""

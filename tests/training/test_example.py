@@ -1,4 +1,4 @@
-"""The plain script, with FastUNet and with the U-Net whose place it takes."""
+"""The plain script and the one in Lightning, with FastUNet and with the U-Net whose place it takes."""
 
 import re
 import runpy
@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from fastunet.reference import UNet
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "train.py"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 IMPORT = "from fastunet import FastUNet as UNet"
 
 
@@ -22,12 +22,16 @@ def losses(script: Path, folder: Path, out: Path) -> list[float]:
     return [float(loss) for loss in re.findall(r"loss (\S+)", result.stdout)]
 
 
-def test_one_changed_line(folder, tmp_path):
-    source = SCRIPT.read_text()
+@pytest.mark.filterwarnings("ignore::UserWarning:lightning.*")  # few workers, few steps
+@pytest.mark.parametrize("name", ["train.py", "train_lightning.py"])
+def test_one_changed_line(folder, tmp_path, monkeypatch, name):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    script = EXAMPLES / name
+    source = script.read_text()
     assert source.count("FastUNet as") == 1
     plain = tmp_path / "plain.py"
     plain.write_text(source.replace(IMPORT, "from fastunet.reference import UNet"))
-    fast = losses(SCRIPT, folder, tmp_path / "fast.pth")
+    fast = losses(script, folder, tmp_path / "fast.pth")
     assert len(fast) == 3
     assert fast[-1] < fast[0]
     assert fast == pytest.approx(losses(plain, folder, tmp_path / "plain.pth"), rel=0.02)

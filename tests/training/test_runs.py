@@ -228,7 +228,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(folder, tmp_path):
         ({"mask_values": "a,b"}, "--mask-values must be two or more different integers"),
         ({"model": "reference", "checkpointing": "auto"}, "--checkpointing of --model reference"),
         ({"sync_bn": True, "norm": "group"}, "--sync-bn needs --norm batch, got 'group'"),
-        ({"sync_bn": True, "model": "reference", "device": "cpu"}, "--sync-bn of --model reference"),
+        ({"sync_bn": True, "model": "reference", "device": "cpu"}, "--sync-bn of --model"),
     ],
 )  # fmt: skip
 def test_bad_options(folder, tmp_path, changes, message):
