@@ -1,4 +1,4 @@
-"""The plain script and the one in Lightning, with FastUNet and with the U-Net whose place it takes."""
+"""The plain script and Lightning's, with FastUNet and with the U-Net whose place it takes."""
 
 import re
 import runpy
