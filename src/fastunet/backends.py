@@ -8,8 +8,10 @@ import contextlib
 import functools
 import importlib
 import os
+import threading
 from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any
 
 from torch import Tensor
 
@@ -61,24 +63,41 @@ def module(name: str) -> ModuleType:
     return importlib.import_module(f"fastunet.{name}")
 
 
-_assumed: tuple[str, ...] = ()
+class Machine(threading.local):
+    """The machine that is assumed in this thread, if one is."""
+
+    backends: tuple[str, ...] = ()
+    processors = 0  # of its GPU
+
+
+machine = Machine()
 
 
 @contextlib.contextmanager
-def assumed(names: tuple[str, ...]):
-    """Within this context these backends can serve, no others: as on a machine that is not here."""
-    global _assumed
-    previous, _assumed = _assumed, names
+def assumed(names: tuple[str, ...], processors: int):
+    """Within this context, in this thread, these backends can serve, no others, and no kernel is
+    launched: as on a machine that is not here, to see what it would allocate."""
+    previous = machine.backends, machine.processors
+    machine.backends, machine.processors = names, processors
     try:
         yield
     finally:
-        _assumed = previous
+        machine.backends, machine.processors = previous
+
+
+def launches_nothing(*args: Any, **kwargs: Any) -> None:
+    """Stands for a kernel."""
+
+
+def elsewhere() -> bool:
+    """Whether another machine is assumed: tensors have no memory then."""
+    return bool(machine.backends)
 
 
 def why_not(name: str, operator: str, x: Tensor) -> str:
     """Why a backend is not chosen automatically for an operator on ``x``; empty where it can be."""
-    if _assumed:
-        return "" if name in _assumed else f"{name} is not on the machine that is assumed"
+    if elsewhere():
+        return "" if name in machine.backends else f"{name} is not on the machine that is assumed"
     candidate = module(name)
     why = candidate.why_not(x)
     if not why and hasattr(candidate, "distrusted"):
@@ -124,7 +143,7 @@ def select(name: str, operator: str, x: Tensor, convolves: Convolves | None = No
     """
     if name != AUTO:
         chosen = module(name)
-        if not _assumed and (why := chosen.why_not(x)):
+        if not elsewhere() and (why := chosen.why_not(x)):
             raise RuntimeError(f"backend {name!r} cannot serve this: {why}")
         return chosen
     return module(choose(operator, x, convolves)[0])

@@ -1,6 +1,7 @@
 """What is predicted on fake tensors, against what is allocated."""
 
 import random as numbers
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import fastunet
 from fastunet import FastUNet, extension
 from fastunet.memory import measure_allocations
 from fastunet.memory.ledger import BACKWARD, CATEGORIES, FORWARD, training_step
+from fastunet.memory.machine import machine
 from fastunet.memory.report import plain_copy, timeline
 from fastunet.reference import UNet
 
@@ -173,3 +175,12 @@ def test_layers_of_plain_pytorch():
     found = {(o.phase, o.layer) for o in operators if "batch_norm" in o.name}
     norms = [name for name, m in model.named_modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert found == {(phase, name) for phase in (FORWARD, BACKWARD) for name in norms}
+
+
+def test_other_threads_launch_their_kernels():
+    """While one of them counts what another machine would allocate."""
+    model, x = FastUNet(3, 2, base_channels=8, depth=1), random(1, 3, 16, 16)
+    want = model.eval()(x)
+    with machine("cuda"), ThreadPoolExecutor(1) as other:
+        got = other.submit(model, x).result()
+    assert torch.equal(got, want)

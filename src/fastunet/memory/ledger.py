@@ -26,7 +26,7 @@ from fastunet.ops._register import implementations
 from fastunet.reference.unet import UNet
 from fastunet.unet import FastUNet
 
-from .machine import do_nothing, machine
+from .machine import machine
 
 PARAMETERS, OPTIMIZER, INPUT, GRADIENTS = "parameters", "optimizer", "input", "gradients"
 SAVED, RECOMPUTED, TEMPORARY = "saved", "recomputed", "temporary"
@@ -179,6 +179,9 @@ def without_hooks() -> contextlib.AbstractContextManager:
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
         return contextlib.nullcontext()
     return saved_tensors_hooks(Tensor.detach, lambda kept: kept)
+
+
+def do_nothing(*args: Any, **kwargs: Any) -> None: ...
 
 
 class Layers:

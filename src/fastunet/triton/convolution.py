@@ -19,8 +19,10 @@ from fastunet.aten_convolution import precision_of
 
 from .language import (
     Source,
+    address,
     aligned,
     block_of,
+    launch,
     pending,
     pending_bwd,
     pixel_of,
@@ -310,7 +312,7 @@ def can_be_described(source: Source, place: Place, size: tuple[int, int]) -> boo
         source.scale is None
         and source.pixel >= source.channels  # not expanded
         and source.pixel * source.y.element_size() % 16 == 0
-        and source.y.data_ptr() % 16 == 0
+        and address(source.y) % 16 == 0
         and min(place.top, place.left) >= 0
         and place.top + place.height <= size[0]
         and place.left + place.width <= size[1]
@@ -362,7 +364,7 @@ def convolve(
         described[: len(sources)] = [describe(*s, config) for s in sources]
         described[2] = TensorDescriptor.from_tensor(weight, [1, config.BN, config.BK])
     grid = (n * tiles(config, size) * kernel.up**2 * triton.cdiv(outputs, config.BN),)
-    convolution_kernel[grid](
+    launch(convolution_kernel, grid)(
         source0,
         described[0],
         *place0,

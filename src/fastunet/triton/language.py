@@ -5,13 +5,15 @@ element ``(n * h * w + p) * pixel``. Kernels get sizes as arguments that are nev
 nothing recompiles for another batch or image.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastunet import backends
 from fastunet.activation import Activation
 from fastunet.maps import channel_adjacent
 
@@ -34,6 +36,15 @@ class Source(NamedTuple):
     row: int = 0
     slope: float = 1.0
     aligned: int | None = None
+
+
+def launch(kernel: Any, grid: tuple[int, ...]) -> Callable:
+    """``kernel[grid]``; on a machine that is only assumed, nothing is launched."""
+    return backends.launches_nothing if backends.elsewhere() else kernel[grid]
+
+
+def address(t: Tensor) -> int:
+    return 0 if backends.elsewhere() else t.data_ptr()
 
 
 def aligned(*sizes: int) -> int | None:

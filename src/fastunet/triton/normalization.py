@@ -5,7 +5,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .language import Source, as_source, block_of, pixel_of, read_raw, row_of, tile_of, write
+from .language import (
+    Source,
+    as_source,
+    block_of,
+    launch,
+    pixel_of,
+    read_raw,
+    row_of,
+    tile_of,
+    write,
+)
 from .statistics import (
     channel_block,
     channels_of_groups,
@@ -113,7 +123,7 @@ def normalization(
     parts = empty_parts(y, n * tiles.tiles, c)
     if y.numel():
         grid = (n * tiles.tiles * tiles.blocks,)
-        parts_kernel[grid](as_source(y), parts, h, w, **tiles.options())
+        launch(parts_kernel, grid)(as_source(y), parts, h, w, **tiles.options())
     return finish(parts, n if groups else 1, groups, bias, gamma, beta, eps)
 
 
@@ -140,7 +150,7 @@ def normalization_bwd(
     if y is not None:
         n, _, h, w = y.shape
         count = h * w * (width if groups else n)
-    terms_kernel[(triton.cdiv(c // width, BG),)](
+    launch(terms_kernel, (triton.cdiv(c // width, BG),))(
         dscale,
         dshift,
         scale,
@@ -167,5 +177,5 @@ def normalization_bwd(
     )
     grad = Source(None) if dy is None else as_source(dy)
     grid = (n * tiles.tiles * tiles.blocks,)
-    apply_kernel[grid](source, grad, as_source(out), h, w, **tiles.options())
+    launch(apply_kernel, grid)(source, grad, as_source(out), h, w, **tiles.options())
     return dgamma, dbeta

@@ -24,6 +24,7 @@ from .language import (
     as_source,
     block_of,
     dense_map,
+    launch,
     pending,
     pending_bwd,
     pixel_of,
@@ -268,7 +269,7 @@ def resample(source: Activation, out: Tensor | None = None) -> Tensor:
     block = blocks(c, 2048)
     grid = (n * triton.cdiv(h * w, block.BP) * triton.cdiv(c, block.BC),)
     target = dense_map(out)
-    resample_kernel[grid](
+    launch(resample_kernel, grid)(
         source_of(source),
         *source.y.shape[2:],
         as_source(target),
@@ -292,7 +293,7 @@ def resample_bwd(source: Activation, dz: Tensor) -> tuple[Tensor, Tensor | None,
     block = blocks(c, 1024)
     tiles = triton.cdiv(triton.cdiv(h, window) * triton.cdiv(w, window), block.BP)
     sums = None if scale is None else [scale.new_empty(n, tiles, c) for _ in range(2)]
-    resample_bwd_kernel[(n * tiles * triton.cdiv(c, block.BC),)](
+    launch(resample_bwd_kernel, (n * tiles * triton.cdiv(c, block.BC),))(
         source_of(source),
         h,
         w,

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .language import launch
+
 
 class Parts(NamedTuple):
     """Per tile of pixels: how many there are, [tiles], and the mean and the sum of squared
@@ -184,11 +186,11 @@ def finish(
         splits = triton.cdiv(tiles, share)
         fewer = empty_parts(mean, rows * splits, C)
         grid = (triton.cdiv(C, 32), splits, rows)
-        merge_kernel[grid](parts, fewer, tiles, share, C, BT=64, BC=32)
+        launch(merge_kernel, grid)(parts, fewer, tiles, share, C, BT=64, BC=32)
         parts, tiles = fewer, splits
     width = C // groups if groups else 1
     BG, BW = channel_block(C, width)
-    finish_kernel[(triton.cdiv(C // width, BG), rows)](
+    launch(finish_kernel, (triton.cdiv(C // width, BG), rows))(
         parts,
         tiles,
         bias,

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from fastunet.prepared import prepared
 
+from .language import address, launch
+
 
 @triton.jit
 def pack_kernel(
@@ -53,7 +55,7 @@ def pack(
     channels: of each source; BK: those of a block. flip: the taps in reverse
     order, for the input's gradient.
     """
-    key = ("weight", weight.data_ptr(), weight.shape, weight.stride(), dimension, *channels)
+    key = ("weight", address(weight), weight.shape, weight.stride(), dimension, *channels)
     return prepared(
         (*key, dtype, BK, flip),
         lambda: packed(weight, dimension, channels, dtype, BK, flip),
@@ -77,7 +79,7 @@ def packed(
     for count, width in zip(channels, widths, strict=True):
         part = weight.narrow(1 - dimension, start, count)
         grid = (triton.cdiv(out.size(1), 32), width // BK)
-        pack_kernel[grid](
+        launch(pack_kernel, grid)(
             part,
             stride_o,
             stride_k,

@@ -11,10 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastunet import backends
 from fastunet.aten_convolution import precision_of
 
 from .convolution import Kernel, Place
-from .language import Source, pixel_of, read, tile_of
+from .language import Source, launch, pixel_of, read, tile_of
 
 
 class Config(NamedTuple):
@@ -123,6 +124,8 @@ def configuration(
 
 def programs_wanted(device: torch.device) -> int:
     """That fill the device a few times over; the same on every run there."""
+    if backends.elsewhere():
+        return 4 * backends.machine.processors
     if device.type != "cuda":  # interpreted, or compiled only
         return 8
     return 4 * torch.cuda.get_device_properties(device).multi_processor_count
@@ -155,7 +158,7 @@ def weight_grad(
     splits = triton.cdiv(tiles, share)
     shape = (splits, kernel.taps, tapped.channels, centre.channels)
     partial = torch.empty(shape, dtype=torch.float32, device=out.device)
-    weight_grad_kernel[(blocks * splits,)](
+    launch(weight_grad_kernel, (blocks * splits,))(
         tapped,
         *place,
         centre,
@@ -174,6 +177,6 @@ def weight_grad(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    add_splits_kernel[(triton.cdiv(shape[2], 16), triton.cdiv(shape[3], 32))](
+    launch(add_splits_kernel, (triton.cdiv(shape[2], 16), triton.cdiv(shape[3], 32)))(
         partial, splits, out, out.stride(0), shape[2], shape[3], TAPS=kernel.taps, BT=16, BC=32
     )
