@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import (  # type: ignore[attr-defined]
     _verify_batch_size,
     _verify_spatial_size,
@@ -125,6 +126,8 @@ class FastUNet(reference.UNet):
         if off or torch.compiler.is_compiling():
             return contextlib.nullcontext()
         if self.checkpointing == "auto":
+            if isinstance(x, FakeTensor):  # which takes no memory
+                return contextlib.nullcontext()
             from fastunet.memory import fit
 
             self.memory_plan = fit(self, x)
@@ -159,7 +162,8 @@ class FastUNet(reference.UNet):
         """Make some maps again in backward instead of keeping them; None turns it off.
 
         ``light`` makes one of two convolutions' outputs again, ``full`` nearly all; ``auto``, at
-        each forward pass, the cheapest choice that the memory then left allows; a plan, as
+        each forward pass, the cheapest choice that the memory then left allows (a third of a second
+        for the first batch of a size); a plan, as
         ``fastunet.memory.plan`` makes it, what it says. Gradients and running statistics are those
         of ``none``, bit for bit. May be called between steps, for instance after an out-of-memory
         error; the state_dict does not change. Under torch.compile ``full`` recomputes by blocks,

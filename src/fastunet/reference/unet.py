@@ -147,7 +147,7 @@ class UNet(nn.Module):
         conv_bias: whether the 3x3 convolutions have a bias.
         concat_order: ``skip_first`` or ``up_first``.
         checkpointing: ``none``, or ``full`` to recompute each block in backward (in FastUNet also
-            ``light``, and maps instead of blocks: see ``use_checkpointing``).
+            ``light`` and ``auto``, and maps instead of blocks: see ``use_checkpointing``).
 
     Raises:
         ValueError: for an option that is not one of the above, and for an input that does not fit.
