@@ -29,7 +29,7 @@ VARIANTS = {
     "no norm": ({"norm": "none", "bilinear": True, "depth": 1}, (5, 8)),
     "group": ({"norm": "group", "activation": "leaky_relu", "depth": 1}, (5, 8)),
 }
-REST = ("defaults",)  # interpreted, a minute
+REST = ("defaults", "transposed")  # interpreted, a minute and a half
 
 
 @pytest.fixture

@@ -119,7 +119,7 @@ def budgeted():
     return model, x, step_of(model, x.shape)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=10)
 @given(share=st.floats(0, 1))
 def test_any_feasible_budget_is_met(budgeted, share):
     model, x, step = budgeted

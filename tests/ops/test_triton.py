@@ -65,7 +65,7 @@ class Placed:
 
 
 MATRICES = {
-    "conv_norm_act": (test_conv_norm_act.CASES, 53),
+    "conv_norm_act": (test_conv_norm_act.CASES, 107),
     "conv_transpose": (test_conv_transpose.CASES, 31),
     "resample": (test_resample.CASES, 17),
     "head": (test_head.CASES, 73),
