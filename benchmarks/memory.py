@@ -25,9 +25,10 @@ from .timing import COVERAGE, interleave, summary
 MIB = 2**20
 
 
-def step_of(model: UNet, x: torch.Tensor) -> Callable[[], list[torch.Tensor]]:
+def step_of(
+    model: UNet, x: torch.Tensor, gradient: torch.Tensor
+) -> Callable[[], list[torch.Tensor]]:
     """A step as the prediction counts it: from a gradient of the logits."""
-    gradient = torch.randn(x.size(0), model.n_classes, *x.shape[2:])
     parameters = list(model.parameters())
 
     def step() -> list[torch.Tensor]:
@@ -59,21 +60,18 @@ def contenders(model: FastUNet, shape: tuple[int, ...], plans: int) -> dict[str,
 
 def measure(model: FastUNet, shape: tuple[int, ...], plans: int, rounds: int) -> dict[str, Any]:
     """The gate first: every policy's and plan's gradients are those of ``none``, bit for bit."""
-    x = torch.randn(shape)
+    n, _, *image = shape
+    x, gradient = torch.randn(shape), torch.randn(n, model.n_classes, *image)
     models = contenders(model, shape, plans)
     works = {}
     for name, network in models.items():
         last = x.to(memory_format=torch.channels_last)
-        works[name] = step_of(network, x if isinstance(network, FastUNet) else last)
-    torch.manual_seed(0)
-    gradients: dict[str, list[torch.Tensor]] = {}
-    for name in [n for n, network in models.items() if isinstance(network, FastUNet)]:
-        torch.manual_seed(0)
-        gradients[name] = step_of(models[name], x)()
-        same = map(torch.equal, gradients[name], gradients["none"])
-        if not all(same):
+        works[name] = step_of(network, x if isinstance(network, FastUNet) else last, gradient)
+    want = works["none"]()
+    for name, network in models.items():
+        if isinstance(network, FastUNet) and not all(map(torch.equal, works[name](), want)):
             raise click.ClickException(f"the gradients of {name!r} are not those of 'none'")
-    gradients.clear()
+    del want
     times = summary(interleave(works, rounds, 0.05, "cpu"), (EAGER,))
     found = {}
     for name, network in tqdm(models.items(), unit="peak", disable=None):

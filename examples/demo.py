@@ -5,9 +5,7 @@ Prints what each needed and reached; writes prediction.png, loss.png and result.
 """
 
 import copy
-import io
 import json
-import os
 import platform
 import re
 import statistics
@@ -23,6 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastunet import FastUNet
+from fastunet.files import whole_file
 from fastunet.memory import measure_allocations, saved_for_backward
 from fastunet.reference import UNet
 from fastunet.training import mni152
@@ -184,14 +183,11 @@ def loss_figure(contestants: list[Contestant], differences: list[float]) -> Figu
 
 def write_whole(path: Path, content: Figure | str) -> None:
     """The file appears complete or not at all."""
-    buffer = io.BytesIO()
-    if isinstance(content, Figure):
-        content.savefig(buffer, format="png", dpi=150)
-    else:
-        buffer.write(content.encode())
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(buffer.getvalue())
-    os.replace(part, path)
+    with whole_file(path) as file:
+        if isinstance(content, Figure):
+            content.savefig(file, format="png", dpi=150)
+        else:
+            file.write(content.encode())
 
 
 def choose_device(name: str | None) -> torch.device:

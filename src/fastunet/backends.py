@@ -85,7 +85,7 @@ def assumed(names: tuple[str, ...], processors: int):
         machine.backends, machine.processors = previous
 
 
-def launches_nothing(*args: Any, **kwargs: Any) -> None:
+def do_nothing(*args: Any, **kwargs: Any) -> None:
     """Stands for a kernel."""
 
 

@@ -78,7 +78,11 @@ def load_model(path: str | os.PathLike) -> FastUNet:
         FileNotFoundError: there is no such file.
         ValueError: the file is truncated, corrupt, or not a FastUNet checkpoint.
     """
-    checkpoint = load(path)
+    return model_of(load(path))
+
+
+def model_of(checkpoint: Checkpoint) -> FastUNet:
+    """The model of a checkpoint as ``load`` returns it."""
     model = FastUNet(**checkpoint["config"])
     model.load_state_dict(checkpoint["state_dict"])
     return model

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from .checkpoints import load, load_model, normalize
+from .checkpoints import load, model_of, normalize
 from .images import SUFFIXES, ImageFile, contrast, mask_type, overlay, write_bands
 from .tiling import check_tiles, predict_bands, trim_memory
 
@@ -47,9 +47,9 @@ def predict_files(
         OSError: a file cannot be written.
     """
     where = device_of(device)
-    model = load_model(checkpoint).to(where)
-    check_tiles(model.depth, tile, overlap, batch_size)
     known = load(checkpoint)
+    model = model_of(known).to(where)
+    check_tiles(model.depth, tile, overlap, batch_size)
     values = known["mask_values"]
     values = torch.tensor(values if model.n_classes > 1 else [0, *values])
     dtype = mask_type(int(values.max()))

@@ -163,11 +163,11 @@ class FastUNet(reference.UNet):
 
         ``light`` makes one of two convolutions' outputs again, ``full`` nearly all; ``auto``, at
         each forward pass, the cheapest choice that the memory then left allows (a third of a second
-        for the first batch of a size); a plan, as
-        ``fastunet.memory.plan`` makes it, what it says. Gradients and running statistics are those
-        of ``none``, bit for bit. May be called between steps, for instance after an out-of-memory
-        error; the state_dict does not change. Under torch.compile ``full`` recomputes by blocks,
-        and the others leave the choice to the compiler.
+        for the first batch of a size); a plan, as ``fastunet.memory.plan`` makes it, what it says.
+        Gradients and running statistics are those of ``none``, bit for bit. May be called between
+        steps, for instance after an out-of-memory error; the state_dict does not change. Under
+        torch.compile ``full`` recomputes by blocks, and the others leave the choice to the
+        compiler.
 
         Raises:
             ValueError: for another policy, and for a plan with layers that this model has not.
@@ -181,8 +181,8 @@ class FastUNet(reference.UNet):
         self.checkpointing, self.memory_plan = "plan", policy
 
 
-def of_kind(module: nn.Module, kind: type[nn.Module]) -> list[nn.Module]:
-    return [m for m in module.modules() if type(m) is kind]
+def of_kind(module: nn.Module, *kinds: type[nn.Module]) -> list[nn.Module]:
+    return [m for m in module.modules() if type(m) in kinds]
 
 
 def call(block: nn.Module, *inputs):

@@ -101,16 +101,15 @@ class Walk:
 
     def forward(self) -> None:
         level = self.level
-        for m, before in zip(level.encoder, [None, *level.encoder], strict=False):
-            self.there.add(m)
-            self.at(m.forward.peak)
-            if before in self.forgotten:
-                self.there.discard(before)
+        self.make(level.encoder)
         self.below = OUTPUT
         if level.upsampled:
-            self.there.add(level.upsampled)
-            self.at(level.upsampled.forward.peak)
-        for m, before in zip(level.decoder, [None, *level.decoder], strict=False):
+            self.make([level.upsampled])
+        self.make(level.decoder)
+
+    def make(self, chain: Sequence[Map]) -> None:
+        """Each of the one before it, which is forgotten then."""
+        for m, before in zip(chain, [None, *chain], strict=False):
             self.there.add(m)
             self.at(m.forward.peak)
             if before in self.forgotten:
@@ -179,19 +178,18 @@ class Choices(NamedTuple):
     cost: Tensor
     chosen: Tensor
 
+    def besides_kept(self, below: int) -> Tensor:
+        """What is there at a moment, without the bytes kept."""
+        columns = {OUTPUT: self.output, MADE: self.made, MAKING: self.making}
+        return columns.get(below, torch.zeros_like(self.kept))
+
     def there(self, moments: Sequence[Moment]) -> Tensor:
         """The most over these moments."""
-        also = {
-            NOTHING: -self.kept,
-            KEPT: torch.zeros_like(self.kept),
-            OUTPUT: self.output,
-            MADE: self.made,
-            MAKING: self.making,
-        }
         most = torch.zeros_like(self.kept)
         for below in {m.below for m in moments}:
             nbytes = max(m.nbytes for m in moments if m.below == below)
-            most = torch.maximum(most, self.kept + also[below] + nbytes)
+            also = self.besides_kept(below) + nbytes
+            most = torch.maximum(most, also if below == NOTHING else also + self.kept)
         return most
 
     def best(self) -> "Choices":
@@ -250,16 +248,14 @@ def extend(
         peak = below.there(walk.moments)
         if level.decoder:
             peak = torch.maximum(peak, below.peak + walk.while_below)
-        made = below.made if walk.made.below == MADE else torch.zeros_like(below.made)
         zero = torch.zeros_like(below.kept)
         making = zero
         for moment in walk.making:
-            more = {KEPT: zero, MADE: below.made, MAKING: below.making}.get(moment.below, zero)
-            making = torch.maximum(making, more + moment.nbytes)
+            making = torch.maximum(making, below.besides_kept(moment.below) + moment.nbytes)
         found.append(
             Choices(
                 below.kept + walk.kept,
-                made + walk.made.nbytes,
+                below.besides_kept(walk.made.below) + walk.made.nbytes,
                 making,
                 zero + (output.nbytes if output in choice else 0),
                 peak,

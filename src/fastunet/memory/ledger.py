@@ -22,6 +22,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from fastunet.backends import do_nothing
 from fastunet.ops._register import implementations
 from fastunet.reference.unet import UNet
 from fastunet.unet import FastUNet
@@ -53,13 +54,12 @@ class Storage:
 class Operator:
     """One call from outside of any other, and what autograd does until the next one.
 
-    layer: the module that it belongs to. before: bytes when it began. made: what it returned.
+    layer: the module that it belongs to. made: what it returned.
     """
 
     name: str
     layer: str
     phase: str
-    before: int
     made: list[Storage] = field(default_factory=list)
 
 
@@ -77,13 +77,12 @@ class Ledger(TorchDispatchMode):
     def __init__(self, layers: "Layers") -> None:
         super().__init__()
         self.layers = layers
-        self.operators = [Operator("", "", FORWARD, 0)]
+        self.operators = [Operator("", "", FORWARD)]
         self.changes: list[Change] = []
         self.live: dict[int, Storage] = {}  # by address
-        self.total = self.depth = 0
+        self.depth = 0
 
     def change(self, nbytes: int, storage: Storage) -> None:
-        self.total += nbytes
         self.changes.append(Change(len(self.operators) - 1, nbytes, storage))
 
     def peak(self) -> int:
@@ -120,7 +119,7 @@ class Ledger(TorchDispatchMode):
         top = self.depth == 0
         if top:
             phase = BACKWARD if backward else FORWARD
-            self.operators.append(Operator(name, self.layers.of(args), phase, self.total))
+            self.operators.append(Operator(name, self.layers.of(args), phase))
         self.depth += 1
         try:
             if func.namespace == "fastunet":
@@ -179,9 +178,6 @@ def without_hooks() -> contextlib.AbstractContextManager:
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
         return contextlib.nullcontext()
     return saved_tensors_hooks(Tensor.detach, lambda kept: kept)
-
-
-def do_nothing(*args: Any, **kwargs: Any) -> None: ...
 
 
 class Layers:

@@ -30,19 +30,19 @@ class Reader:
     """Of the ledger of a step under policy ``none``."""
 
     def __init__(self, model: FastUNet, ledger: Ledger) -> None:
-        self.model, self.ledger = model, ledger
+        self.ledger = ledger
         self.calls = {
             (operator.phase, operator.layer): i
             for i, operator in enumerate(ledger.operators)
             if is_ours(operator)
         }
         self.names = {module: name for name, module in model.named_modules()}
-        blocks = [*map(self.convolutions, (model.inc, *model.downs, *model.ups))]
+        blocks = [
+            of_kind(block, nn.Conv2d, nn.ConvTranspose2d)
+            for block in (model.inc, *model.downs, *model.ups)
+        ]
         self.planned = {m for block in blocks if all(map(self.is_saved, block)) for m in block}
         self.slots = self.count(id(self.made(m)) for m in self.planned)
-
-    def convolutions(self, block: nn.Module) -> list[nn.Module]:
-        return [m for m in block.modules() if type(m) in (nn.Conv2d, nn.ConvTranspose2d)]
 
     def call(self, phase: str, layer: nn.Module) -> int | None:
         return self.calls.get((phase, self.names[layer]))

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from tabulate import tabulate
 
-from fastunet import reference, unet
 from fastunet.reference.unet import UNet
-from fastunet.unet import FastUNet
+from fastunet.unet import FAST_BLOCKS, FastUNet
 
 from .budget import format_size, parse_size
 from .counters import measure_allocations
@@ -22,16 +21,7 @@ from .planning import MemoryPlan, Step, step_of
 
 EAGER, CHECKPOINT, PLAN = "eager", "eager, torch.utils.checkpoint", "plan"
 POLICIES = ("none", "light", "full")
-PLAIN = {
-    getattr(unet, fast): getattr(reference, plain)
-    for fast, plain in (
-        ("FastUNet", "UNet"),
-        ("DoubleConv", "DoubleConv"),
-        ("Down", "Down"),
-        ("Up", "Up"),
-        ("OutConv", "OutConv"),
-    )
-}
+PLAIN: dict[type, type] = {fast: fast.__bases__[0] for fast in (FastUNet, *FAST_BLOCKS)}
 MOST_HELD = 12  # rows of a table
 
 

@@ -58,8 +58,9 @@ class SyncNorm(torch.autograd.Function):
         kernels = backends.select(backend, "resample", y)
         mean, _, _, var = kernels.normalization(y, None, None, None, 0, eps)  # of this process
         own = torch.full_like(mean, y.numel() // y.size(1))
-        gathered = [torch.empty_like(torch.cat([mean, var, own])) for _ in range(group.size())]
-        dist.all_gather(gathered, torch.cat([mean, var, own]), group)
+        ours = torch.cat([mean, var, own])
+        gathered = [torch.empty_like(ours) for _ in range(group.size())]
+        dist.all_gather(gathered, ours, group)
         means, variances, counts = torch.stack(gathered).double().unbind(1)  # [processes, C]
         # Merged about the joint mean (Chan, Golub, LeVeque 1979).
         total = counts.sum(0)
@@ -71,10 +72,11 @@ class SyncNorm(torch.autograd.Function):
             scale = scale * gamma
         shift = torch.zeros_like(scale) if beta is None else beta.to(scale.dtype)[None].clone()
         ctx.save_for_backward(y, center, scale, var, own[0] / total)
-        ctx.mark_non_differentiable(center, var, total)
+        count = total[0]
+        ctx.mark_non_differentiable(center, var, count)
         ctx.rest = kernels, eps, group
         ctx.like = bias, gamma, beta
-        return center, scale, shift, var, total[0]
+        return center, scale, shift, var, count
 
     @staticmethod
     @once_differentiable

@@ -231,7 +231,8 @@ class Run:
         """
         place = self.place
         confusion = MulticlassConfusionMatrix(len(self.values)).to(place.device)
-        loader = iter(self.loader(Whole(shared(source, place.rank, place.world), self.values)))
+        whole = Whole(shared(source, place.rank, place.world), self.values)
+        loader = iter(self.loader(whole, batch_size=None))
         self.model.eval()
         place.share_buffers(self.model)
         for _ in range(math.ceil(len(source) / place.world)):  # as many in every process
@@ -292,7 +293,7 @@ class Run:
             num_workers=self.settings.workers,
             pin_memory=self.place.device.type == "cuda",
             worker_init_fn=ignore_signals,
-            **({"batch_size": None} | options if "batch_sampler" not in options else options),
+            **options,
         )
 
     @contextlib.contextmanager
