@@ -2,7 +2,7 @@
 // one point of Winograd's algorithm) or pixels:
 //
 //   multiply     m[n][t] (+)= sum over k of v[k][t] * u[n][k]
-//   correlate    du[i][n]   = sum over t of v[i][t] * d[n][t]
+//   correlate    du[i][n] (+)= sum over t of v[i][t] * d[n][t]
 #pragma once
 
 #include <utility>
@@ -58,6 +58,10 @@ struct Sums {
     }
   }
 
+  FASTUNET_INLINE void load_from(const float* from, int64_t row, int64_t block) {
+    each([&](int r, int b, int c, vfloat& sum) { sum = load(from + r * row + b * block + c); });
+  }
+
   FASTUNET_INLINE void store_to(float* to, int64_t row, int64_t block) {
     each([&](int r, int b, int c, vfloat sum) { store(to + r * row + b * block + c, sum); });
   }
@@ -68,9 +72,7 @@ template <int R, int B>
 void multiply_tile(const float* v, int64_t v_block, const float* u, int64_t u_block, int64_t K,
                    float* m, int64_t m_block, bool add) {
   Sums<R, B> sums;
-  if (add)
-    sums.each(
-        [&](int r, int b, int c, vfloat& sum) { sum = load(m + b * m_block + r * kBlock + c); });
+  if (add) sums.load_from(m, kBlock, m_block);
   for (; K > 0; K -= kBlock, v += v_block, u += kBlock * kBlock) {
     const int64_t count = K < kBlock ? K : kBlock;
     for (int64_t k = 0; k < count; ++k) sums.add_product(v + k, kBlock, u + k * kBlock, u_block);
@@ -113,9 +115,10 @@ inline void multiply(const float* v, int64_t v_block, const float* u, int64_t K,
 // One block of inputs by B blocks of outputs; du: [16 inputs][du_row].
 template <int B>
 void correlate_blocks(const float* v, const float* d, int64_t d_block, int64_t tiles, float* du,
-                      int64_t du_row) {
+                      int64_t du_row, bool add) {
   for (int i = 0; i < kBlock; i += kGradRows) {
     Sums<kGradRows, B> sums;
+    if (add) sums.load_from(du + i * du_row, du_row, kBlock);
     for (int64_t t = 0; t < tiles; ++t)
       sums.add_product(v + t * kBlock + i, 1, d + t * kBlock, d_block);
     sums.store_to(du + i * du_row, du_row, kBlock);
@@ -123,13 +126,13 @@ void correlate_blocks(const float* v, const float* d, int64_t d_block, int64_t t
 }
 
 inline void correlate(const float* v, const float* d, int64_t d_block, int64_t blocks,
-                      int64_t tiles, float* du, int64_t du_row) {
+                      int64_t tiles, float* du, int64_t du_row, bool add) {
   int64_t n = 0;
   for (; n + kBlocks <= blocks; n += kBlocks)
-    correlate_blocks<kBlocks>(v, d + n * d_block, d_block, tiles, du + n * kBlock, du_row);
+    correlate_blocks<kBlocks>(v, d + n * d_block, d_block, tiles, du + n * kBlock, du_row, add);
   if constexpr (kBlocks > 1)
     if (n < blocks)
-      correlate_blocks<1>(v, d + n * d_block, d_block, tiles, du + n * kBlock, du_row);
+      correlate_blocks<1>(v, d + n * d_block, d_block, tiles, du + n * kBlock, du_row, add);
 }
 
 }  // namespace fastunet

@@ -36,9 +36,10 @@ using vec = std::conditional_t<std::is_same_v<A, double>, vdouble, vfloat>;
 
 #define FASTUNET_INLINE inline __attribute__((always_inline))
 
+// Subtracting zero changes no value, not even -0, so nothing but a broadcast is left of it.
 template <class A>
 FASTUNET_INLINE vec<A> splat(A value) {
-  return vec<A>{} + value;
+  return value - vec<A>{};
 }
 
 FASTUNET_INLINE vfloat load(const float* p) {

@@ -18,6 +18,15 @@ Weight weight_view(const Tensor& weight, bool turned) {
   return {from, I, O, kTaps, row, false};
 }
 
+template <class T>
+void convolve(const Input<T>& in, const Weight& weight, const Map<T>& to,
+              ChunkMoments<T>* moments) {
+  with_tile(to.H, to.W, [&](auto tile) {
+    const RawOutput<T, tile> output{to, moments};
+    Convolution<tile, T, RawOutput<T, tile>>(in, weight, output).run();
+  });
+}
+
 void conv_norm_act(Tensor out, FASTUNET_SOURCE_PARAMETERS, const Tensor weight, std::string norm,
                    const MaybeTensor bias, const MaybeTensor gamma, const MaybeTensor beta,
                    const MaybeTensor mean, const MaybeTensor variance, int64_t groups, double eps,
@@ -40,8 +49,7 @@ void conv_norm_act(Tensor out, FASTUNET_SOURCE_PARAMETERS, const Tensor weight, 
     const float* ga = rows<const float>(gamma, to.C, "gamma");
     const float* be = rows<const float>(beta, to.C, "beta");
     ChunkMoments<T> moments;
-    const RawOutput<T> output{to, statistics ? &moments : nullptr};
-    if (out.numel() > 0) Convolution<T, RawOutput<T>>(in, w, output).run();
+    if (out.numel() > 0) convolve(in, w, to, statistics ? &moments : nullptr);
     if (statistics) return finalize(moments, g, b, ga, be, eps, vectors);
     const float* m = rows<const float>(mean, to.C, "running_mean");
     const float* v = rows<const float>(variance, to.C, "running_var");
@@ -55,8 +63,8 @@ struct SourceGradArguments {
 };
 
 template <class T>
-void source_grad(const Input<T>& grad, const Weight& weight, const Pending<T>& source,
-                 int64_t rows_of_source, const SourceGradArguments& to) {
+void source_grad(const Input<T>& x, const Input<T>& grad, const Weight& weight, float* dweight,
+                 const Pending<T>& source, int64_t rows_of_source, const SourceGradArguments& to) {
   const int64_t C = source.source.y.C, count = rows_of_source * C;
   const Map<T> dy = output_map<T>(*to.dy, "dy of a source");
   const Map<const T>& y = source.source.y;
@@ -67,13 +75,18 @@ void source_grad(const Input<T>& grad, const Weight& weight, const Pending<T>& s
   const Map<T> dz = map_grad(source, dy, to.dz, grad.H, grad.W);
   if (!to.dz && source.load == Load::affine) {
     std::vector<float> sums;
-    Convolution<T, SourceGrad<T>>(grad, weight, {source.source, dy, sums}).run();
+    with_tile(dy.H, dy.W, [&](auto tile) {
+      const SourceGrad<T, tile> output{source.source, dy, sums};
+      convolution_bwd<tile>(x, grad, weight, dweight, output);
+    });
     const int64_t groups = static_cast<int64_t>(sums.size()) / (2 * C);
     if (dscale) sum_chunks(sums.data(), groups, 2 * C, C, rows_of_source, dscale);
     if (dshift) sum_chunks(sums.data() + C, groups, 2 * C, C, rows_of_source, dshift);
     return;
   }
-  Convolution<T, RawOutput<T>>(grad, weight, {dz, nullptr}).run();
+  with_tile(dz.H, dz.W, [&](auto tile) {
+    convolution_bwd<tile>(x, grad, weight, dweight, RawOutput<T, tile>{dz, nullptr});
+  });
   if (to.dz)
     resample_map_bwd<T>(source.source, source.mode, source.taps, dz.read_only(), dy, dscale, dshift,
                         rows_of_source);
@@ -121,18 +134,22 @@ void conv_norm_act_bwd(MaybeTensor dweight, MaybeTensor dgamma, MaybeTensor dbet
       grad.sources.emplace_back(of_y, Mode::none, Load::plain);
     }
 
+    float* to = nullptr;
     if (dweight) {
       require(dweight->is_contiguous() && dweight->numel() == weight.numel(),
               "dweight must be contiguous, of the weight's shape");
-      WeightGrad<T>(x, grad, data<float>(*dweight, "dweight")).run();
+      to = data<float>(*dweight, "dweight");
     }
-    if (!dy_source) return;
+    if (!dy_source) {
+      if (to) with_tile(x.H, x.W, [&](auto tile) { WeightGrad<tile, T>(x, grad, to).run(); });
+      return;
+    }
     require(of == 0 || (of == 1 && x.sources.size() == 2), "there is no source ", of);
     const MaybeTensor& scale_source = of == 0 ? scale0 : scale1;
     Weight part = weight_view(weight, true);
     if (of == 1) part.data += x.sources[0].source.y.C * part.n_stride;
     part.N = x.sources[of].source.y.C;
-    source_grad(grad, part, x.sources[of], scale_source ? scale_source->size(0) : 1,
+    source_grad(x, grad, part, to, x.sources[of], scale_source ? scale_source->size(0) : 1,
                 {dy_source, dscale_source, dshift_source, dz});
   });
 }

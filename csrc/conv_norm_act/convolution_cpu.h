@@ -30,73 +30,129 @@ inline int64_t l2_bytes() {
 }
 
 // Measured on Zen 4 with 1 MB of L2 per core and 32 MB of L3, see docs/performance-log.md:
+// pixels of a map from which tiles of 6 are faster;
+inline constexpr int64_t kLargeMap = 96 * 96;
+// tiles in a group whose weights stay in L2;
+inline constexpr int64_t kLeastRows = 8;
 // transformed tiles held at a time, shared by all threads;
 inline constexpr int64_t kBatchBytes = 16 << 20;
 // transformed weights that groups may stream from L3;
 inline constexpr int64_t kWeightBytes = 12 << 20;
 // tiles in a group from which the weight's gradient, which adds up between groups, works by group.
 inline constexpr int64_t kGradTiles = 20;
+// tiles in a group from which both gradients share what they read.
+inline constexpr int64_t kSharedTiles = 10;
+
+// Calls f with the side of the tiles for maps of H x W, a compile-time number: 6 on large maps where
+// that saves a tenth of the products, not much of it being lost in tiles that reach beyond the map;
+// elsewhere 4, whose rounding errors are a quarter.
+template <class F>
+void with_tile(int64_t H, int64_t W, F f) {
+  const auto products = [&](int64_t tile) {
+    return ceil_div(H, tile) * ceil_div(W, tile) * points_of(tile);
+  };
+  if (H * W >= kLargeMap && products(6) * 10 <= products(4) * 9)
+    f(std::integral_constant<int, 6>{});
+  else
+    f(std::integral_constant<int, 4>{});
+}
 
 // Output: RawOutput or SourceGrad.
-template <class T, class Output>
+template <int kTile, class T, class Output>
 class Convolution {
+  static constexpr int kPoints = points_of(kTile);
+
  public:
   Convolution(const Input<T>& in, const Weight& weight, const Output& output)
       : in_(in), weight_(weight), output_(output), reader_(in) {}
 
-  void run() {
-    const int64_t inputs = blocks_of(in_.C), outputs = blocks_of(weight_.N);
-    const int64_t tile_bytes = kPoints * (inputs + outputs) * kBlock * 4;
-    const int64_t tiles = in_.N * ceil_div(in_.H, kTile) * ceil_div(in_.W, kTile);
-    const int64_t target = std::max<int64_t>(l2_bytes() / 2 / tile_bytes, kRows);
-    const int64_t weight_bytes = kPoints * inputs * outputs * kBlock * kBlock * 4;
-    if (tiles >= 8 * target && weight_bytes <= kWeightBytes)
-      by_group(Tiling(in_.N, in_.H, in_.W, target));
+  void run() const {
+    const int64_t least = weight_bytes() > 2 * l2_bytes() ? kRows : kLeastRows;
+    const int64_t target = std::max<int64_t>(l2_bytes() * 3 / 5 / bytes_of_tile(), least);
+    if (worth_groups(target))
+      by_group(Tiling(in_.N, in_.H, in_.W, kTile, target));
     else
-      by_stage(Tiling(in_.N, in_.H, in_.W, 2 * kRows));
+      by_stage(Tiling(in_.N, in_.H, in_.W, kTile, 2 * kRows));
+  }
+
+  // Whether groups of `target` tiles should stay with a thread.
+  bool worth_groups(int64_t target) const {
+    const int64_t tiles = in_.N * ceil_div(in_.H, kTile) * ceil_div(in_.W, kTile);
+    return tiles >= 8 * target && weight_bytes() <= kWeightBytes;
+  }
+  // What is in L2 at a time: a group's tiles, its outputs, and what the next one reads.
+  int64_t bytes_of_tile() const {
+    return kPoints * (inputs() + outputs()) * kBlock * 4 + reader_.bytes_of_tile() +
+           output_.bytes_of_tile();
+  }
+
+  // The steps of by_group: the transformed weights, then group by group.
+  int64_t weight_floats() const { return kPoints * u_plane(); }
+  void transform_weights(float* u) const {
+    torch::stable::parallel_for(0, outputs(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b)
+        transform_weight<kTile>(weight_, 0, in_.C, b, u + b * in_.C * kBlock, u_plane());
+    });
+  }
+  int64_t scratch_floats(const Tiling& tiling) const {
+    return Panels::floats(kPoints, inputs(), tiling.max_tiles()) +
+           Panels::floats(kPoints, outputs(), tiling.max_tiles()) +
+           Reader<InputTransform<kTile>, T>::scratch_floats(tiling);
+  }
+  void convolve_group(const Tiling& tiling, int64_t g, const float* u, float* scratch,
+                      Prefetch& lines) const {
+    const Tiling::Group group = tiling.group(g);
+    const Panels v{scratch, inputs(), group.tiles()};
+    const Panels m{scratch + Panels::floats(kPoints, inputs(), group.tiles()), outputs(),
+                   group.tiles()};
+    reader_.read(group, 0, inputs(), v, 0,
+                 m.data + Panels::floats(kPoints, outputs(), group.tiles()));
+    for (int p = 0; p < kPoints; ++p) {
+      lines.advance(kPoints);
+      multiply(v.at(p, 0), v.block(), u + p * u_plane(), in_.C, m.at(p, 0), m.block(), outputs(),
+               group.tiles(), false);
+    }
+    output_.write(group, g, 0, outputs(), m, 0);
+  }
+  void prefetch_input(const Tiling::Group& group, Prefetch& lines) const {
+    reader_.prefetch(group, lines);
   }
 
  private:
-  void by_group(const Tiling& tiling) {
+  int64_t inputs() const { return blocks_of(in_.C); }
+  int64_t outputs() const { return blocks_of(weight_.N); }
+  int64_t weight_bytes() const { return kPoints * inputs() * outputs() * kBlock * kBlock * 4; }
+  int64_t u_plane() const { return outputs() * in_.C * kBlock + kBlock; }
+
+  void by_group(const Tiling& tiling) const {
     output_.prepare(tiling);
-    const int64_t inputs = blocks_of(in_.C), outputs = blocks_of(weight_.N), K = in_.C;
-    const int64_t u_plane = outputs * K * kBlock + kBlock;
-    float* u = shared_workspace().get(kPoints * u_plane);
-    torch::stable::parallel_for(0, outputs, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b)
-        transform_weight(weight_, 0, K, b, u + b * K * kBlock, u_plane);
-    });
+    float* u = shared_workspace().get(weight_floats());
+    transform_weights(u);
     torch::stable::parallel_for(0, tiling.count(), 1, [&](int64_t begin, int64_t end) {
-      const int64_t tiles = tiling.max_tiles();
-      const int64_t v_floats = Panels::floats(inputs, tiles);
-      const int64_t m_floats = Panels::floats(outputs, tiles);
-      float* scratch = thread_workspace().get(v_floats + m_floats +
-                                              Reader<InputTransform, T>::scratch_floats(tiling));
+      float* scratch = thread_workspace().get(scratch_floats(tiling));
       for (int64_t g = begin; g < end; ++g) {
-        const Tiling::Group group = tiling.group(g);
-        const Panels v{scratch, inputs, group.tiles()};
-        const Panels m{scratch + v_floats, outputs, group.tiles()};
-        reader_.read(group, 0, inputs, v, 0, scratch + v_floats + m_floats);
-        for (int p = 0; p < kPoints; ++p)
-          multiply(v.at(p, 0), v.block(), u + p * u_plane, K, m.at(p, 0), m.block(), outputs,
-                   group.tiles(), false);
-        output_.write(group, g, 0, outputs, m, 0);
+        Prefetch lines;
+        output_.prefetch_read(tiling.group(g), lines);
+        output_.prefetch_written(tiling.group(g), lines);
+        if (g + 1 < end) prefetch_input(tiling.group(g + 1), lines);
+        convolve_group(tiling, g, u, scratch, lines);
       }
     });
   }
 
-  void by_stage(const Tiling& tiling) {
+  void by_stage(const Tiling& tiling) const {
     output_.prepare(tiling);
-    const int64_t inputs = blocks_of(in_.C), outputs = blocks_of(weight_.N);
+    const int64_t inputs = this->inputs(), outputs = this->outputs();
     const int64_t fit = kBatchBytes / (kPoints * inputs * kBlock * 4);
     const int64_t batch = std::max<int64_t>(1, fit / tiling.max_tiles());  // groups
     for (int64_t first = 0; first < tiling.count(); first += batch) {
       const int64_t last = std::min(first + batch, tiling.count());
       const std::vector<int64_t> offsets = tiling.offsets(first, last);
       const int64_t tiles = offsets.back();
-      const Panels v{shared_workspace().get(Panels::floats(inputs, tiles)), inputs, tiles};
+      const Panels v{shared_workspace().get(Panels::floats(kPoints, inputs, tiles)), inputs, tiles};
       torch::stable::parallel_for(0, (last - first) * inputs, 1, [&](int64_t begin, int64_t end) {
-        float* scratch = thread_workspace().get(Reader<InputTransform, T>::scratch_floats(tiling));
+        float* scratch =
+            thread_workspace().get(Reader<InputTransform<kTile>, T>::scratch_floats(tiling));
         for (int64_t task = begin; task < end; ++task) {
           const int64_t g = task / inputs, b = task % inputs;
           reader_.read(tiling.group(first + g), b, b + 1, v, offsets[g], scratch);
@@ -120,21 +176,21 @@ class Convolution {
 
   // Blocks [begin, end) of outputs of groups first + [g0, g1).
   void outputs_of(const Tiling& tiling, const Panels& v, const std::vector<int64_t>& offsets,
-                  int64_t first, int64_t g0, int64_t g1, int64_t begin, int64_t end) {
+                  int64_t first, int64_t g0, int64_t g1, int64_t begin, int64_t end) const {
     const int64_t tiles = offsets[g1] - offsets[g0], blocks = end - begin;
     const int64_t at_once =
         std::max<int64_t>(1, l2_bytes() * 3 / 10 / (kPoints * kBlocks * kBlock * kBlock * 4)) *
         kBlock;
     const int64_t depth = std::min(at_once, in_.C);
     const int64_t u_plane = blocks * depth * kBlock + kBlock;
-    const int64_t m_floats = Panels::floats(blocks, tiles);
+    const int64_t m_floats = Panels::floats(kPoints, blocks, tiles);
     float* scratch = thread_workspace().get(m_floats + kPoints * u_plane);
     float* u = scratch + m_floats;
     const Panels m{scratch, blocks, tiles};
     for (int64_t k = 0; k < in_.C; k += depth) {
       const int64_t count = std::min(depth, in_.C - k);
       for (int64_t b = 0; b < blocks; ++b)
-        transform_weight(weight_, k, k + count, begin + b, u + b * count * kBlock, u_plane);
+        transform_weight<kTile>(weight_, k, k + count, begin + b, u + b * count * kBlock, u_plane);
       for (int p = 0; p < kPoints; ++p)
         multiply(v.at(p, k / kBlock, offsets[g0]), v.block(), u + p * u_plane, count, m.at(p, 0),
                  m.block(), blocks, tiles, k > 0);
@@ -148,127 +204,72 @@ class Convolution {
   const Input<T>& in_;
   const Weight& weight_;
   const Output& output_;
-  Reader<InputTransform, T> reader_;
+  Reader<InputTransform<kTile>, T> reader_;
 };
 
 // The weight's gradient, [O, I, 3, 3] dense, from the input and the output's gradient.
-template <class T>
+template <int kTile, class T>
 class WeightGrad {
+  static constexpr int kPoints = points_of(kTile);
+
  public:
   WeightGrad(const Input<T>& x, const Input<T>& dy, float* dweight)
       : x_(x), dy_(dy), dweight_(dweight), read_x_(x), read_dy_(dy) {}
 
-  void run() {
+  void run() const {
     const int64_t inputs = blocks_of(x_.C), outputs = blocks_of(dy_.C);
     const int64_t tile_bytes = kPoints * (inputs + outputs) * kBlock * 4;
     const int64_t tiles = x_.N * ceil_div(x_.H, kTile) * ceil_div(x_.W, kTile);
     const int64_t target = l2_bytes() * 3 / 5 / tile_bytes;
     if (target >= kGradTiles && tiles >= 8 * target)
-      by_group(Tiling(x_.N, x_.H, x_.W, target));
+      by_group(Tiling(x_.N, x_.H, x_.W, kTile, target));
     else
-      by_stage(Tiling(x_.N, x_.H, x_.W, 32));
+      by_stage(Tiling(x_.N, x_.H, x_.W, kTile, 32));
   }
 
- private:
-  static int64_t scratch_floats(const Tiling& tiling) {
-    return Reader<InputTransform, T>::scratch_floats(tiling);
-  }
+  // The steps of by_group: sums over the groups of each of a fixed number of shares, added up at
+  // last.
+  static int64_t shares(const Tiling& tiling) { return std::min<int64_t>(tiling.count(), 16); }
   int64_t sum_floats() const {
     return blocks_of(x_.C) * kBlock * kTaps * blocks_of(dy_.C) * kBlock;
   }
-
-  void by_group(const Tiling& tiling) {
+  int64_t scratch_floats(const Tiling& tiling) const {
+    return Panels::floats(kPoints, blocks_of(x_.C), tiling.max_tiles()) +
+           Panels::floats(kPoints, blocks_of(dy_.C), tiling.max_tiles()) +
+           (keeps_products() ? pairs() : 1) * product_floats() + reader_floats(tiling);
+  }
+  // f(group) for the groups of a share, whose sum is zero before and complete behind it.
+  template <class F>
+  void for_share(const Tiling& tiling, int64_t share, float* scratch, float* sum, F f) const {
+    std::fill_n(sum, sum_floats(), 0.0f);
+    if (keeps_products()) std::fill_n(scratch, pairs() * product_floats(), 0.0f);
+    const int64_t count = tiling.count(), all = shares(tiling);
+    for (int64_t g = count * share / all; g < count * (share + 1) / all; ++g) f(g);
+    if (keeps_products())
+      for_pairs([&](int64_t i, int64_t o, int64_t pair) {
+        add_transformed(scratch + pair * product_floats(), blocks_of(dy_.C), i, o, sum);
+      });
+  }
+  // `rest`: of the scratch, behind what for_share keeps.
+  float* rest(float* scratch) const {
+    return scratch + (keeps_products() ? pairs() : 1) * product_floats();
+  }
+  void add_group(const Tiling& tiling, int64_t g, float* scratch, float* sum,
+                 Prefetch& lines) const {
     const int64_t inputs = blocks_of(x_.C), outputs = blocks_of(dy_.C);
-    // Partial sums over a fixed number of shares of the groups.
-    const int64_t shares = std::min<int64_t>(tiling.count(), 16);
-    float* sums = shared_workspace().get(shares * sum_floats());
-    torch::stable::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
-      const int64_t tiles = tiling.max_tiles();
-      const int64_t v_floats = Panels::floats(inputs, tiles);
-      const int64_t d_floats = Panels::floats(outputs, tiles);
-      float* scratch =
-          thread_workspace().get(v_floats + d_floats + product_floats() + scratch_floats(tiling));
-      float* product = scratch + v_floats + d_floats;
-      for (int64_t share = begin; share < end; ++share) {
-        float* sum = sums + share * sum_floats();
-        std::fill_n(sum, sum_floats(), 0.0f);
-        for (int64_t g = tiling.count() * share / shares; g < tiling.count() * (share + 1) / shares;
-             ++g) {
-          const Tiling::Group group = tiling.group(g);
-          const Panels v{scratch, inputs, group.tiles()};
-          const Panels d{scratch + v_floats, outputs, group.tiles()};
-          read_x_.read(group, 0, inputs, v, 0, product + product_floats());
-          read_dy_.read(group, 0, outputs, d, 0, product + product_floats());
-          for (int64_t i = 0; i < inputs; ++i)
-            for (int64_t o = 0; o < outputs; o += kBlocks) add_product(v, d, i, o, product, sum);
-        }
-      }
+    const Tiling::Group group = tiling.group(g);
+    const Panels v{rest(scratch), inputs, group.tiles()};
+    const Panels d{v.data + Panels::floats(kPoints, inputs, group.tiles()), outputs, group.tiles()};
+    float* reading = d.data + Panels::floats(kPoints, outputs, group.tiles());
+    read_x_.read(group, 0, inputs, v, 0, reading);
+    read_dy_.read(group, 0, outputs, d, 0, reading);
+    for_pairs([&](int64_t i, int64_t o, int64_t pair) {
+      const bool keep = keeps_products();
+      float* product = scratch + (keep ? pair * product_floats() : 0);
+      multiply(v, d, i, o, product, keep, lines);
+      if (!keep) add_transformed(product, outputs, i, o, sum);
     });
-    finish(sums, shares);
   }
-
-  void by_stage(const Tiling& tiling) {
-    const int64_t inputs = blocks_of(x_.C), outputs = blocks_of(dy_.C);
-    const int64_t fit = kBatchBytes / (kPoints * (inputs + outputs) * kBlock * 4);
-    const int64_t batch = std::max<int64_t>(1, fit / tiling.max_tiles());
-    const int64_t most = std::min(batch, tiling.count()) * tiling.max_tiles();
-    float* sums = shared_workspace().get(sum_floats() + Panels::floats(inputs, most) +
-                                         Panels::floats(outputs, most));
-    std::fill_n(sums, sum_floats(), 0.0f);
-    for (int64_t first = 0; first < tiling.count(); first += batch) {
-      const int64_t last = std::min(first + batch, tiling.count());
-      const std::vector<int64_t> offsets = tiling.offsets(first, last);
-      const int64_t tiles = offsets.back();
-      const Panels v{sums + sum_floats(), inputs, tiles};
-      const Panels d{v.data + Panels::floats(inputs, tiles), outputs, tiles};
-      const int64_t blocks = inputs + outputs;
-      torch::stable::parallel_for(0, (last - first) * blocks, 1, [&](int64_t begin, int64_t end) {
-        float* scratch = thread_workspace().get(scratch_floats(tiling));
-        for (int64_t task = begin; task < end; ++task) {
-          const Tiling::Group group = tiling.group(first + task / blocks);
-          const int64_t b = task % blocks, offset = offsets[task / blocks];
-          if (b < inputs)
-            read_x_.read(group, b, b + 1, v, offset, scratch);
-          else
-            read_dy_.read(group, b - inputs, b - inputs + 1, d, offset, scratch);
-        }
-      });
-      const int64_t columns = ceil_div(outputs, kBlocks);
-      torch::stable::parallel_for(0, inputs * columns, 1, [&](int64_t begin, int64_t end) {
-        float* product = thread_workspace().get(product_floats());
-        for (int64_t task = begin; task < end; ++task)
-          add_product(v, d, task / columns, task % columns * kBlocks, product, sums);
-      });
-    }
-    finish(sums, 1);
-  }
-
-  static constexpr int64_t kProductRow = kBlocks * kBlock;
-  static constexpr int64_t kProductPlane = kBlock * kProductRow + kBlock;
-  static constexpr int64_t product_floats() { return kPoints * kProductPlane; }
-
-  // sum[i][tap][o] += one block of inputs by kBlocks blocks of outputs.
-  void add_product(const Panels& v, const Panels& d, int64_t i, int64_t o, float* product,
-                   float* sum) const {
-    const int64_t count = std::min<int64_t>(kBlocks, d.blocks - o);
-    for (int p = 0; p < kPoints; ++p)
-      correlate(v.at(p, i), d.at(p, o), d.block(), count, v.tiles, product + p * kProductPlane,
-                kProductRow);
-    const int64_t row = d.blocks * kBlock;
-    for (int64_t k = 0; k < std::min<int64_t>(kBlock, x_.C - i * kBlock); ++k) {
-      float* to = sum + (i * kBlock + k) * kTaps * row + o * kBlock;
-      for (int64_t c = 0; c < count * kBlock; c += kLanes)
-        transform_square<WeightGradTransform>(
-            [&](int r, int s) {
-              return load(product + (r * kPatch + s) * kProductPlane + k * kProductRow + c);
-            },
-            [&](int r, int s, vfloat value) {
-              float* tap = to + (r * 3 + s) * row + c;
-              store(tap, load(tap) + value);
-            });
-    }
-  }
-
   void finish(const float* sums, int64_t shares) const {
     const int64_t I = x_.C, O = dy_.C, row = blocks_of(O) * kBlock;
     torch::stable::parallel_for(0, blocks_of(O), 1, [&](int64_t begin, int64_t end) {
@@ -286,11 +287,156 @@ class WeightGrad {
         }
     });
   }
+  const Reader<InputTransform<kTile>, T>& input_reader() const { return read_x_; }
+
+ private:
+  static int64_t reader_floats(const Tiling& tiling) {
+    return Reader<InputTransform<kTile>, T>::scratch_floats(tiling);
+  }
+
+  void by_group(const Tiling& tiling) const {
+    float* sums = shared_workspace().get(shares(tiling) * sum_floats());
+    torch::stable::parallel_for(0, shares(tiling), 1, [&](int64_t begin, int64_t end) {
+      float* scratch = thread_workspace().get(scratch_floats(tiling));
+      for (int64_t share = begin; share < end; ++share) {
+        float* sum = sums + share * sum_floats();
+        for_share(tiling, share, scratch, sum, [&](int64_t g) {
+          Prefetch none;
+          add_group(tiling, g, scratch, sum, none);
+        });
+      }
+    });
+    finish(sums, shares(tiling));
+  }
+
+  void by_stage(const Tiling& tiling) const {
+    const int64_t inputs = blocks_of(x_.C), outputs = blocks_of(dy_.C);
+    const int64_t fit = kBatchBytes / (kPoints * (inputs + outputs) * kBlock * 4);
+    const int64_t batch = std::max<int64_t>(1, fit / tiling.max_tiles());
+    const int64_t most = std::min(batch, tiling.count()) * tiling.max_tiles();
+    float* sums = shared_workspace().get(sum_floats() + Panels::floats(kPoints, inputs, most) +
+                                         Panels::floats(kPoints, outputs, most));
+    std::fill_n(sums, sum_floats(), 0.0f);
+    for (int64_t first = 0; first < tiling.count(); first += batch) {
+      const int64_t last = std::min(first + batch, tiling.count());
+      const std::vector<int64_t> offsets = tiling.offsets(first, last);
+      const int64_t tiles = offsets.back();
+      const Panels v{sums + sum_floats(), inputs, tiles};
+      const Panels d{v.data + Panels::floats(kPoints, inputs, tiles), outputs, tiles};
+      const int64_t blocks = inputs + outputs;
+      torch::stable::parallel_for(0, (last - first) * blocks, 1, [&](int64_t begin, int64_t end) {
+        float* scratch = thread_workspace().get(reader_floats(tiling));
+        for (int64_t task = begin; task < end; ++task) {
+          const Tiling::Group group = tiling.group(first + task / blocks);
+          const int64_t b = task % blocks, offset = offsets[task / blocks];
+          if (b < inputs)
+            read_x_.read(group, b, b + 1, v, offset, scratch);
+          else
+            read_dy_.read(group, b - inputs, b - inputs + 1, d, offset, scratch);
+        }
+      });
+      const int64_t columns = ceil_div(outputs, kBlocks);
+      torch::stable::parallel_for(0, inputs * columns, 1, [&](int64_t begin, int64_t end) {
+        float* product = thread_workspace().get(product_floats());
+        Prefetch none;
+        for (int64_t task = begin; task < end; ++task) {
+          const int64_t i = task / columns, o = task % columns * kBlocks;
+          multiply(v, d, i, o, product, false, none);
+          add_transformed(product, outputs, i, o, sums);
+        }
+      });
+    }
+    finish(sums, 1);
+  }
+
+  static constexpr int64_t kProductRow = kBlocks * kBlock;
+  static constexpr int64_t kProductPlane = kBlock * kProductRow + kBlock;
+  static constexpr int64_t product_floats() { return kPoints * kProductPlane; }
+
+  // One block of inputs by kBlocks blocks of outputs is a pair.
+  int64_t pairs() const { return blocks_of(x_.C) * ceil_div(blocks_of(dy_.C), kBlocks); }
+  template <class F>
+  void for_pairs(F f) const {
+    int64_t pair = 0;
+    for (int64_t i = 0; i < blocks_of(x_.C); ++i)
+      for (int64_t o = 0; o < blocks_of(dy_.C); o += kBlocks) f(i, o, pair++);
+  }
+  // Whether by group the products of all pairs stay in Winograd's domain, and in L2, for a share.
+  bool keeps_products() const { return pairs() * product_floats() * 4 <= l2_bytes() * 3 / 10; }
+
+  // product (+)= v's block i by d's blocks from o on, at all points.
+  void multiply(const Panels& v, const Panels& d, int64_t i, int64_t o, float* product, bool add,
+                Prefetch& lines) const {
+    const int64_t count = std::min<int64_t>(kBlocks, d.blocks - o);
+    for (int p = 0; p < kPoints; ++p) {
+      lines.advance(kPoints * pairs());
+      correlate(v.at(p, i), d.at(p, o), d.block(), count, v.tiles, product + p * kProductPlane,
+                kProductRow, add);
+    }
+  }
+
+  // sum[i][tap][o] += product, transformed.
+  void add_transformed(const float* product, int64_t outputs, int64_t i, int64_t o,
+                       float* sum) const {
+    const int64_t count = std::min<int64_t>(kBlocks, outputs - o), row = outputs * kBlock;
+    for (int64_t k = 0; k < std::min<int64_t>(kBlock, x_.C - i * kBlock); ++k) {
+      float* to = sum + (i * kBlock + k) * kTaps * row + o * kBlock;
+      for (int64_t c = 0; c < count * kBlock; c += kLanes)
+        transform_square<WeightGradTransform<kTile>>(
+            [&](int r, int s) {
+              return load(product + (r * patch_of(kTile) + s) * kProductPlane + k * kProductRow +
+                          c);
+            },
+            [&](int r, int s, vfloat value) {
+              float* tap = to + (r * 3 + s) * row + c;
+              store(tap, load(tap) + value);
+            });
+    }
+  }
 
   const Input<T>&x_, &dy_;
   float* dweight_;
-  Reader<InputTransform, T> read_x_;
-  Reader<GradTransform, T> read_dy_;
+  Reader<InputTransform<kTile>, T> read_x_;
+  Reader<GradTransform<kTile>, T> read_dy_;
 };
+
+// Both gradients: of the weight, where `dweight` is given, and of the input, to `output`. Where
+// maps are large and channels few, memory is the limit: then a thread takes a group of tiles
+// through both, and what they have in common is read once.
+template <int kTile, class T, class Output>
+void convolution_bwd(const Input<T>& x, const Input<T>& dy, const Weight& weight, float* dweight,
+                     const Output& output) {
+  const Convolution<kTile, T, Output> of_input(dy, weight, output);
+  if (!dweight) return of_input.run();
+  const WeightGrad<kTile, T> of_weight(x, dy, dweight);
+  const int64_t tile_bytes = of_input.bytes_of_tile() + of_weight.input_reader().bytes_of_tile();
+  const int64_t target = l2_bytes() * 3 / 5 / tile_bytes;
+  if (target < kSharedTiles || !of_input.worth_groups(target)) {
+    of_weight.run();
+    return of_input.run();
+  }
+  const Tiling tiling(dy.N, dy.H, dy.W, kTile, target);
+  output.prepare(tiling);
+  const int64_t shares = of_weight.shares(tiling);
+  float* u = shared_workspace().get(of_input.weight_floats() + shares * of_weight.sum_floats());
+  float* sums = u + of_input.weight_floats();
+  of_input.transform_weights(u);
+  torch::stable::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
+    float* scratch =
+        thread_workspace().get(of_input.scratch_floats(tiling) + of_weight.scratch_floats(tiling));
+    for (int64_t share = begin; share < end; ++share) {
+      float* sum = sums + share * of_weight.sum_floats();
+      of_weight.for_share(tiling, share, scratch, sum, [&](int64_t g) {
+        Prefetch here, next;
+        output.prefetch_written(tiling.group(g), here);
+        of_weight.input_reader().prefetch(tiling.group(g), here);
+        of_input.convolve_group(tiling, g, u, of_weight.rest(scratch), here);
+        if (g + 1 < tiling.count()) of_input.prefetch_input(tiling.group(g + 1), next);
+        of_weight.add_group(tiling, g, scratch, sum, next);
+      });
+    }
+  });
+  of_weight.finish(sums, shares);
+}
 
 }  // namespace fastunet

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/gemm.h"
+#include "common/prefetch.h"
 #include "conv_norm_act/normalization_cpu.h"
 #include "conv_norm_act/winograd.h"
 #include "resample/input.h"
@@ -12,12 +13,14 @@ namespace fastunet {
 // The tiles of all samples in groups: rectangles of rows x columns tiles (fewer at the edges).
 struct Tiling {
   int64_t N, H, W;
+  int64_t tile;                       // its side in pixels
   int64_t rows, columns;              // tiles per group
   int64_t group_rows, group_columns;  // groups per sample
 
   // Groups of about `target` tiles, rows of tiles before columns.
-  Tiling(int64_t N, int64_t H, int64_t W, int64_t target) : N(N), H(H), W(W) {
-    const int64_t across = ceil_div(W, kTile), down = ceil_div(H, kTile);
+  Tiling(int64_t N, int64_t H, int64_t W, int64_t tile, int64_t target)
+      : N(N), H(H), W(W), tile(tile) {
+    const int64_t across = ceil_div(W, tile), down = ceil_div(H, tile);
     group_columns = ceil_div(across, target);
     columns = ceil_div(across, group_columns);
     rows = std::max<int64_t>(1, std::min(down, target / columns));
@@ -40,12 +43,12 @@ struct Tiling {
     const int64_t in_sample = g % per_sample();
     Group out;
     out.n = g / per_sample();
-    out.h = in_sample / group_columns * rows * kTile;
-    out.w = in_sample % group_columns * columns * kTile;
-    out.height = std::min(rows * kTile, H - out.h);
-    out.width = std::min(columns * kTile, W - out.w);
-    out.rows = ceil_div(out.height, kTile);
-    out.columns = ceil_div(out.width, kTile);
+    out.h = in_sample / group_columns * rows * tile;
+    out.w = in_sample % group_columns * columns * tile;
+    out.height = std::min(rows * tile, H - out.h);
+    out.width = std::min(columns * tile, W - out.w);
+    out.rows = ceil_div(out.height, tile);
+    out.columns = ceil_div(out.width, tile);
     return out;
   }
 
@@ -63,8 +66,8 @@ struct Panels {
   float* data;
   int64_t blocks, tiles;
 
-  static int64_t floats(int64_t blocks, int64_t tiles) {
-    return kPoints * Panels{nullptr, blocks, tiles}.plane();
+  static int64_t floats(int64_t points, int64_t blocks, int64_t tiles) {
+    return points * Panels{nullptr, blocks, tiles}.plane();
   }
   int64_t plane() const { return (blocks * tiles + 1) * kBlock; }
   int64_t block() const { return tiles * kBlock; }
@@ -74,11 +77,11 @@ struct Panels {
 };
 
 // One row of tiles: the patch of pixels [h, h + kIn) x [w, w + columns) of one block of channels,
-// transformed down its columns. z: [6][columns][16]
+// transformed down its columns. z: [kOut][columns][16]
 template <class Transform, Load kLoad, class T>
 void transform_columns(const Source<T>& s, const T* raw, int64_t n, int64_t h, int64_t w,
                        int64_t columns, int64_t H, int64_t W, float* z) {
-  constexpr int kIn = Transform::kIn;
+  constexpr int kIn = Transform::kIn, kOut = Transform::kOut;
   const Placement place(Mode::none, s.y.H, s.y.W, H, W);
   const int64_t row = columns * kBlock;
   const T* rows[kIn];
@@ -91,8 +94,8 @@ void transform_columns(const Source<T>& s, const T* raw, int64_t n, int64_t h, i
   }
   const int64_t first = std::max({int64_t{0}, -w, place.left - w});
   const int64_t last = std::min({columns, W - w, place.left + s.y.W - w});
-  if (first >= last) return zero(z, 6 * columns, kBlock, kBlock);
-  for (int i = 0; i < 6; ++i) {
+  if (first >= last) return zero(z, kOut * columns, kBlock, kBlock);
+  for (int i = 0; i < kOut; ++i) {
     zero(z + i * row, first, kBlock, kBlock);
     zero(z + i * row + last * kBlock, columns - last, kBlock, kBlock);
   }
@@ -101,8 +104,8 @@ void transform_columns(const Source<T>& s, const T* raw, int64_t n, int64_t h, i
       const Channels<float> channel(s, n, c, lanes);
       for (int64_t x = first; x < last; ++x) {
         const int64_t offset = (w + x - place.left) * s.y.sw + c;
-        vfloat d[kIn], out[6];
-#pragma GCC unroll 6
+        vfloat d[kIn], out[kOut];
+#pragma GCC unroll 8
         for (int i = 0; i < kIn; ++i) {
           if (check && !inside[i]) {
             d[i] = vfloat{};
@@ -114,8 +117,8 @@ void transform_columns(const Source<T>& s, const T* raw, int64_t n, int64_t h, i
             d[i] += channel.preact(load(raw + (rows[i] - s.y.data) + offset, lanes));
         }
         Transform::apply(d, out);
-#pragma GCC unroll 6
-        for (int i = 0; i < 6; ++i) store(z + i * row + x * kBlock + c, out[i]);
+#pragma GCC unroll 8
+        for (int i = 0; i < kOut; ++i) store(z + i * row + x * kBlock + c, out[i]);
       }
     };
     const int64_t left = s.y.C - c;
@@ -131,30 +134,32 @@ void transform_columns(const Source<T>& s, const T* raw, int64_t n, int64_t h, i
 // The same of a patch that is there already, [kIn][columns][16].
 template <class Transform>
 void transform_columns(const float* patch, int64_t columns, float* z) {
+  constexpr int kIn = Transform::kIn, kOut = Transform::kOut;
   const int64_t row = columns * kBlock;
   for (int64_t x = 0; x < row; x += kLanes) {
-    vfloat d[Transform::kIn], out[6];
-#pragma GCC unroll 6
-    for (int i = 0; i < Transform::kIn; ++i) d[i] = load(patch + i * row + x);
+    vfloat d[kIn], out[kOut];
+#pragma GCC unroll 8
+    for (int i = 0; i < kIn; ++i) d[i] = load(patch + i * row + x);
     Transform::apply(d, out);
-#pragma GCC unroll 6
-    for (int i = 0; i < 6; ++i) store(z + i * row + x, out[i]);
+#pragma GCC unroll 8
+    for (int i = 0; i < kOut; ++i) store(z + i * row + x, out[i]);
   }
 }
 
 // Then along its rows, tile by tile, to where the products read it.
 template <class Transform>
 void transform_rows(const float* z, int64_t columns, int64_t tiles, float* v, int64_t plane) {
-  for (int i = 0; i < 6; ++i, z += columns * kBlock, v += 6 * plane) {
+  constexpr int kIn = Transform::kIn, kOut = Transform::kOut, kTile = Transform::kTile;
+  for (int i = 0; i < kOut; ++i, z += columns * kBlock, v += kOut * plane) {
     for (int64_t t = 0; t < tiles; ++t)
 #pragma GCC unroll 2
       for (int c = 0; c < kBlock; c += kLanes) {
-        vfloat d[Transform::kIn], out[6];
-#pragma GCC unroll 6
-        for (int j = 0; j < Transform::kIn; ++j) d[j] = load(z + (t * kTile + j) * kBlock + c);
+        vfloat d[kIn], out[kOut];
+#pragma GCC unroll 8
+        for (int j = 0; j < kIn; ++j) d[j] = load(z + (t * kTile + j) * kBlock + c);
         Transform::apply(d, out);
-#pragma GCC unroll 6
-        for (int j = 0; j < 6; ++j) store(v + j * plane + t * kBlock + c, out[j]);
+#pragma GCC unroll 8
+        for (int j = 0; j < kOut; ++j) store(v + j * plane + t * kBlock + c, out[j]);
       }
   }
 }
@@ -162,11 +167,13 @@ void transform_rows(const float* z, int64_t columns, int64_t tiles, float* v, in
 // Transforms sources to panels, a group of tiles at a time.
 template <class Transform, class T>
 class Reader {
+  static constexpr int kTile = Transform::kTile, kOut = Transform::kOut;
+
  public:
   explicit Reader(const Input<T>& input) : in_(input) {}
 
   static int64_t scratch_floats(const Tiling& tiling) {
-    return 2 * 6 * (tiling.columns * kTile + 2) * kBlock;
+    return 2 * kOut * (tiling.columns * kTile + 2) * kBlock;
   }
 
   // Blocks [begin, end) of channels of a group, to tiles [tile, tile + group.tiles()) of v.
@@ -174,7 +181,7 @@ class Reader {
             float* scratch) const {
     const int64_t columns = g.columns * kTile + 2 * Transform::kHalo;
     float* z = scratch;
-    float* patch = scratch + 6 * columns * kBlock;
+    float* patch = scratch + kOut * columns * kBlock;
     for (int64_t b = begin; b < end; ++b)
       for (int64_t r = 0; r < g.rows; ++r) {
         const int64_t h = g.h + r * kTile - Transform::kHalo, w = g.w - Transform::kHalo;
@@ -182,6 +189,36 @@ class Reader {
         transform_rows<Transform>(z, columns, g.columns, v.at(0, b, tile + r * g.columns),
                                   v.plane());
       }
+  }
+
+  // Of the sources, for a tile in a row of tiles.
+  int64_t bytes_of_tile() const {
+    int64_t maps = 0;
+    for (const Pending<T>& p : in_.sources) maps += p.source.y.C * (p.raw ? 2 : 1);
+    return maps * Transform::kIn * kTile * static_cast<int64_t>(sizeof(T));
+  }
+
+  // The pixels that read() needs of a group.
+  void prefetch(const Tiling::Group& g, Prefetch& lines) const {
+    const int64_t h0 = g.h - Transform::kHalo, h1 = g.h + g.rows * kTile + Transform::kHalo;
+    const int64_t w0 = g.w - Transform::kHalo, w1 = g.w + g.columns * kTile + Transform::kHalo;
+    for (const Pending<T>& p : in_.sources) {
+      const Map<const T>& y = p.source.y;
+      const Placement place(p.mode, y.H, y.W, in_.H, in_.W);
+      // Output pixel i of an axis reads pixels of the source around i * times / over.
+      const int64_t times = p.mode == Mode::max_pool ? 2 : 1;
+      const int64_t over = p.mode == Mode::none || p.mode == Mode::max_pool ? 1 : 2;
+      const auto from = [&](int64_t i, int64_t start) { return (i - start) * times / over; };
+      const auto add = [&](const Map<const T>& m) {
+        lines.add(m, g.n, from(h0, place.top), from(h1, place.top) + (over > 1),
+                  from(w0, place.left), from(w1, place.left) + (over > 1));
+      };
+      add(y);
+      if (!p.raw) continue;
+      Map<const T> raw = y;
+      raw.data = p.raw;
+      add(raw);
+    }
   }
 
  private:
@@ -196,7 +233,7 @@ class Reader {
       if (c0 < c1) {
         const Source<T> part = channels(p.source, c0 - begin, c1 - c0);
         if (p.mode == Mode::none && c0 == first && c1 == last) {
-          if (c1 - c0 < kBlock) zero(z, 6 * columns, kBlock, kBlock);
+          if (c1 - c0 < kBlock) zero(z, kOut * columns, kBlock, kBlock);
           const auto run = [&](auto kLoad) {
             transform_columns<Transform, kLoad.value>(part, p.raw ? p.raw + (c0 - begin) : nullptr,
                                                       n, h, w, columns, in_.H, in_.W, z);
@@ -227,14 +264,14 @@ class Reader {
 
 // One vector of channels of one tile, [height, width] pixels of which are inside the map, handed on
 // as to(row, column, value).
-template <class To>
+template <int kTile, class To>
 FASTUNET_INLINE void transform_tile(const float* m, int64_t plane, int64_t height, int64_t width,
                                     To to) {
-  const auto from = [&](int i, int j) { return load(m + (i * kPatch + j) * plane); };
+  const auto from = [&](int i, int j) { return load(m + (i * patch_of(kTile) + j) * plane); };
   if (height >= kTile && width >= kTile)
-    transform_square<OutputTransform>(from, to);
+    transform_square<OutputTransform<kTile>>(from, to);
   else
-    transform_square<OutputTransform>(from, [&](int i, int j, vfloat value) {
+    transform_square<OutputTransform<kTile>>(from, [&](int i, int j, vfloat value) {
       if (i < height && j < width) to(i, j, value);
     });
 }
@@ -253,15 +290,15 @@ FASTUNET_INLINE void for_vectors(int64_t begin, int64_t end, int64_t C, const Pa
     }
 }
 
-// f(tile of m, its first pixel) for the tiles of a group.
+// f(tile of m, its first pixel) for the tiles of a group, `side` pixels wide and high.
 template <class F>
-FASTUNET_INLINE void for_tiles_of(const Tiling::Group& g, int64_t tile, F f) {
+FASTUNET_INLINE void for_tiles_of(const Tiling::Group& g, int64_t side, int64_t tile, F f) {
   for (int64_t r = 0; r < g.rows; ++r)
-    for (int64_t s = 0; s < g.columns; ++s, ++tile) f(tile, g.h + r * kTile, g.w + s * kTile);
+    for (int64_t s = 0; s < g.columns; ++s, ++tile) f(tile, g.h + r * side, g.w + s * side);
 }
 
 // A raw map and, if wanted, its moments.
-template <class T>
+template <class T, int kTile>
 struct RawOutput {
   Map<T> y;
   ChunkMoments<T>* moments;
@@ -269,13 +306,19 @@ struct RawOutput {
   void prepare(const Tiling& tiling) const {
     if (moments) moments->resize(tiling.count(), y.C);
   }
+  int64_t bytes_of_tile() const { return kTile * kTile * y.C * static_cast<int64_t>(sizeof(T)); }
+  void prefetch_read(const Tiling::Group&, Prefetch&) const {}
+  // A store that misses waits for its line.
+  void prefetch_written(const Tiling::Group& g, Prefetch& lines) const {
+    lines.add(y.read_only(), g.n, g.h, g.h + g.height, g.w, g.w + g.width);
+  }
 
   void write(const Tiling::Group& g, int64_t index, int64_t begin, int64_t end, const Panels& m,
              int64_t first) const {
     for_vectors(begin, end, y.C, m, [&](int64_t c, const float* from, auto lanes) {
-      for_tiles_of(g, first, [&](int64_t tile, int64_t h, int64_t w) {
+      for_tiles_of(g, kTile, first, [&](int64_t tile, int64_t h, int64_t w) {
         T* to = y.at(g.n, h, w) + c;
-        transform_tile(
+        transform_tile<kTile>(
             from + tile * kBlock, m.plane(), y.H - h, y.W - w,
             [&](int i, int j, vfloat value) { store(to + i * y.sh + j * y.sw, value, lanes); });
       });
@@ -291,13 +334,22 @@ struct RawOutput {
 
 // The gradient of a source that is read in place: of its raw map, dy = scale * act'(t) * dz, and
 // the sums of act'(t) * dz * (y - center) and of act'(t) * dz, per group: [groups][2][C].
-template <class T>
+template <class T, int kTile>
 struct SourceGrad {
   Source<T> source;
   Map<T> dy;
   std::vector<float>& sums;
 
   void prepare(const Tiling& tiling) const { sums.assign(tiling.count() * 2 * dy.C, 0.0f); }
+  int64_t bytes_of_tile() const {
+    return 2 * kTile * kTile * dy.C * static_cast<int64_t>(sizeof(T));
+  }
+  void prefetch_read(const Tiling::Group& g, Prefetch& lines) const {
+    lines.add(source.y, g.n, g.h, g.h + g.height, g.w, g.w + g.width);
+  }
+  void prefetch_written(const Tiling::Group& g, Prefetch& lines) const {
+    lines.add(dy.read_only(), g.n, g.h, g.h + g.height, g.w, g.w + g.width);
+  }
 
   void write(const Tiling::Group& g, int64_t index, int64_t begin, int64_t end, const Panels& m,
              int64_t first) const {
@@ -305,17 +357,17 @@ struct SourceGrad {
     for_vectors(begin, end, dy.C, m, [&](int64_t c, const float* from, auto lanes) {
       const Channels<float> channel(source, g.n, c, lanes);
       vfloat dscale{}, dshift{};
-      for_tiles_of(g, first, [&](int64_t tile, int64_t h, int64_t w) {
+      for_tiles_of(g, kTile, first, [&](int64_t tile, int64_t h, int64_t w) {
         const T* raw = y.at(g.n, h, w) + c;
         T* to = dy.at(g.n, h, w) + c;
-        transform_tile(from + tile * kBlock, m.plane(), dy.H - h, dy.W - w,
-                       [&](int i, int j, vfloat dz) {
-                         const vfloat value = load(raw + i * y.sh + j * y.sw, lanes);
-                         const vfloat d = channel.act_bwd(dz, channel.preact(value));
-                         store(to + i * dy.sh + j * dy.sw, channel.scale * d, lanes);
-                         dscale += d * (value - channel.center);
-                         dshift += d;
-                       });
+        transform_tile<kTile>(from + tile * kBlock, m.plane(), dy.H - h, dy.W - w,
+                              [&](int i, int j, vfloat dz) {
+                                const vfloat value = load(raw + i * y.sh + j * y.sw, lanes);
+                                const vfloat d = channel.act_bwd(dz, channel.preact(value));
+                                store(to + i * dy.sh + j * dy.sw, channel.scale * d, lanes);
+                                dscale += d * (value - channel.center);
+                                dshift += d;
+                              });
       });
       float* sum = sums.data() + index * 2 * dy.C + c;
       store(sum, dscale, lanes);

@@ -46,19 +46,22 @@ FASTUNET_INLINE void scatter_taps(const float* taps, int64_t stride, int64_t cou
 }
 
 // u[point][k - begin][16] for inputs [begin, end) and one block of outputs; points `plane` apart.
-inline void transform_weight(const Weight& w, int64_t begin, int64_t end, int64_t block, float* u,
-                             int64_t plane) {
+template <int kTile>
+void transform_weight(const Weight& w, int64_t begin, int64_t end, int64_t block, float* u,
+                      int64_t plane) {
   const int64_t first = block * kBlock;
   alignas(64) float taps[kTaps * kBlock] = {};
   for (int64_t k = begin; k < end; ++k, u += kBlock) {
     gather_taps(w.data + k * w.k_stride + first * w.n_stride, w.n_stride, w.N - first, taps);
     for (int c = 0; c < kBlock; c += kLanes)
-      transform_square<WeightTransform>(
+      transform_square<WeightTransform<kTile>>(
           [&](int i, int j) {
             const int t = i * 3 + j;
             return load(taps + (w.turned ? kTaps - 1 - t : t) * kBlock + c);
           },
-          [&](int i, int j, vfloat value) { store(u + (i * kPatch + j) * plane + c, value); });
+          [&](int i, int j, vfloat value) {
+            store(u + (i * patch_of(kTile) + j) * plane + c, value);
+          });
   }
 }
 
