@@ -11,12 +11,15 @@ from torch import Tensor, nn
 from fastunet import FastUNet, capture
 from fastunet.reference import UNet
 
+from . import peers
 from .contest import (
     BUDGETED,
     CHANNELS_LAST,
     COMPILED,
     FASTUNET,
+    FROZEN,
     ORACLE,
+    PEERS,
     POLICIES,
     Case,
     Contender,
@@ -91,16 +94,21 @@ def make(network: Network, phase: str, name: str, setting: Setting) -> Contender
     parameters = list(model.parameters())
     fixed = [*parameters, *model.buffers()]
     model.train(phase == "step")
+    if name in PEERS:
+        return peers.make(name, model, image)
     if words[0] == COMPILED:
         # Whatever was compiled before compiles again: have one of these at a time.
         torch.compiler.reset()
-        mode = words[1] if len(words) == 2 else None
+        mode = words[1] if len(words) == 2 and name != FROZEN else None
         model = torch.compile(model, mode=mode, dynamic=False)  # type: ignore[assignment]
 
     def forward() -> list[Tensor]:
         with torch.inference_mode(), setting.autocast(), serving(name):
             return [model(image)]
 
+    if name == FROZEN:
+        with torch._inductor.config.patch(freezing=True), torch.no_grad():
+            model(image)  # compiles
     if phase == "forward" and "graph" in words:
         with setting.autocast(), serving(name):
             captured = capture(model, image)

@@ -10,12 +10,15 @@ from tabulate import tabulate
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from . import peers as engines
 from . import results
 from .cases import matching
 from .contest import (
     COMPILED,
     EAGER,
     FASTUNET,
+    FROZEN,
+    PEERS,
     POLICIES,
     Case,
     GateError,
@@ -32,7 +35,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def measure(case: Case, setting: Setting, rounds: int, min_time: float) -> dict[str, Any]:
     """The gate first; then time, then memory and FLOPs, whose tools would slow the work down."""
     contenders, errors = gate(case, setting)
-    works = {name: contender.run for name, contender in contenders.items()}
+    works = {name: c.timed or c.run for name, c in contenders.items()}
     measured = summary(interleave(works, rounds, min_time, setting.device), EAGER)
     bytes_of = {name: memory(c, setting.device) for name, c in contenders.items()}
     with FlopCounterMode(display=False) as counter:
@@ -87,6 +90,7 @@ def table(cases: list[dict[str, Any]]) -> str:
 @click.option("--device", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]))
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="float32 on cpu, bfloat16 on cuda.")
 @click.option("--compile/--no-compile", default=False, help="Also torch.compile of the networks.")
+@click.option("--peers/--no-peers", default=False, help="Also other engines' inference, on CPUs.")
 @click.option("--policies/--no-policies", default=False, help="Also FastUNet with checkpointing.")
 @click.option("--plot", "plotted", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="Measure nothing; draw this result file into docs/images.")  # fmt: skip
@@ -99,6 +103,7 @@ def main(
     device: str,
     dtype: str | None,
     compile: bool,
+    peers: bool,
     policies: bool,
     plotted: Path | None,
 ) -> None:
@@ -123,8 +128,13 @@ def main(
         torch.set_num_threads(threads)
     torch.backends.cudnn.benchmark = True
     dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
-    names = [*EAGER, *([COMPILED] if compile else []), FASTUNET]
+    names = [*EAGER, *([COMPILED, FROZEN] if compile else []), FASTUNET]
     names += [f"{FASTUNET} auto {policy}" for policy in POLICIES] if policies else []
+    absent = engines.missing() if peers else {}
+    if peers:
+        names += [f"{FASTUNET} auto graph", *(name for name in PEERS if name not in absent)]
+        for name, why in absent.items():
+            click.echo(f"not measured: {name} ({why})", err=True)
     setting = Setting(device, DTYPES[dtype], tuple(names))
     about = results.context(device)
     measured, wrong = [], 0
@@ -139,7 +149,9 @@ def main(
         raise click.ClickException(f"{wrong} of {len(cases)} cases have wrong results")
     path = output or results.default_path(device, pattern)
     sampling = {"rounds": rounds, "min_time": min_time, "coverage": COVERAGE}
-    results.write(path, {**about, "dtype": dtype, **sampling, "results": measured})
+    results.write(
+        path, {**about, "dtype": dtype, **sampling, "missing": absent, "results": measured}
+    )
     click.echo(f"\n{path}")
 
 

@@ -35,7 +35,9 @@ inline constexpr int64_t kLargeMap = 96 * 96;
 // tiles in a group whose weights stay in L2;
 inline constexpr int64_t kLeastRows = 8;
 // transformed tiles held at a time, shared by all threads;
-inline constexpr int64_t kBatchBytes = 16 << 20;
+inline constexpr int64_t kBatchBytes = 8 << 20;
+// the same of both operands of the weight's gradient, which needs no weights again for each batch;
+inline constexpr int64_t kGradBatchBytes = 4 << 20;
 // transformed weights that groups may stream from L3;
 inline constexpr int64_t kWeightBytes = 12 << 20;
 // tiles in a group from which the weight's gradient, which adds up between groups, works by group.
@@ -311,7 +313,7 @@ class WeightGrad {
 
   void by_stage(const Tiling& tiling) const {
     const int64_t inputs = blocks_of(x_.C), outputs = blocks_of(dy_.C);
-    const int64_t fit = kBatchBytes / (kPoints * (inputs + outputs) * kBlock * 4);
+    const int64_t fit = kGradBatchBytes / (kPoints * (inputs + outputs) * kBlock * 4);
     const int64_t batch = std::max<int64_t>(1, fit / tiling.max_tiles());
     const int64_t most = std::min(batch, tiling.count()) * tiling.max_tiles();
     float* sums = shared_workspace().get(sum_floats() + Panels::floats(kPoints, inputs, most) +

@@ -1,13 +1,19 @@
-"""Inference from a CUDA graph: no launch overhead, weights packed and norms folded once."""
+"""Inference as a recording: on GPUs a CUDA graph, on CPUs the kernels' calls one after the other.
+
+On GPUs nothing of Python is left, weights are packed and norms folded once. On CPUs what is left is
+a function that allocates and calls kernels: the model's modules, checks and choices are not run
+again. Python is slow there where a kernel has just taken the caches for its maps.
+"""
 
 import contextlib
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import backends
+from .ops._register import implementations_by_operator
 from .prepared import keeping
 
 WARM_UP = 3  # runs before recording: kernels compile, libraries choose algorithms
@@ -28,33 +34,58 @@ class Captured:
             self.input = example.clone()
         self.backend = backends.requested()
         # Autocast of the caller's: it is part of what is recorded.
-        self.autocast = torch.is_autocast_enabled("cuda")
-        self.dtype = torch.get_autocast_dtype("cuda")
+        self.device = example.device.type
+        self.autocast = torch.is_autocast_enabled(self.device)
+        self.dtype = torch.get_autocast_dtype(self.device)
         self.refresh()
 
     def refresh(self) -> None:
         """Records the model as it is now."""
         self.state = self.versions()
         self.kept: dict[Hashable, Any] = {}
-        self.graph = torch.cuda.CUDAGraph()
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
-            stack.enter_context(torch.cuda.device(self.input.device))
             stack.enter_context(backends.backend(self.backend))
             stack.enter_context(keeping(self.kept))
+            self.replay = self.graph() if self.device == "cuda" else self.trace()
+
+    def trace(self) -> Callable[[Tensor], Tensor]:
+        """What the operators and the rest of the model call, as a function."""
+        from torch.fx.experimental.proxy_tensor import make_fx  # takes its time
+
+        calls = make_fx(lambda x: self.run(x), decomposition_table=implementations_by_operator())(
+            self.input
+        )
+        strides = self.input.stride()
+
+        def replay(x: Tensor) -> Tensor:
+            return calls(x if x.stride() == strides else torch.empty_like(self.input).copy_(x))
+
+        return replay
+
+    def graph(self) -> Callable[[Tensor], Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self.input.device):
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(WARM_UP):
-                    self.run()
+                    self.run(self.input)
             torch.cuda.current_stream().wait_stream(side)
-            with torch.cuda.graph(self.graph):
-                self.output = self.run()
+            with torch.cuda.graph(graph):
+                output = self.run(self.input)
 
-    def run(self) -> Tensor:
-        with torch.autocast("cuda", self.dtype, enabled=self.autocast, cache_enabled=False):
-            return self.model(self.input)
+        def replay(x: Tensor) -> Tensor:
+            self.input.copy_(x)
+            graph.replay()
+            return output.clone()
+
+        return replay
+
+    def run(self, x: Tensor) -> Tensor:
+        with torch.autocast(self.device, self.dtype, enabled=self.autocast, cache_enabled=False):
+            return self.model(x)
 
     def versions(self) -> list[tuple[int, int]]:
         tensors = (*self.model.parameters(), *self.model.buffers())
@@ -70,28 +101,29 @@ class Captured:
                 )
         if self.versions() != self.state:
             self.refresh()
-        self.input.copy_(x)
-        self.graph.replay()
-        return self.output.clone()
+        return self.replay(x)
 
 
 def capture(model: nn.Module, example: Tensor) -> Captured:
-    """Records the model's inference as a CUDA graph, for inputs like ``example``.
+    """Records the model's inference, for inputs like ``example``.
 
-    Under the caller's autocast. The kernels' weights are packed and their norms folded once, not at
-    each call.
+    On a GPU as a CUDA graph, on a CPU as the row of kernel calls that it comes down to. Under the
+    caller's autocast. On GPUs the kernels' weights are packed and their norms folded once, not at
+    each call. Forward hooks run while recording, not afterwards.
 
     Args:
-        model: in evaluation mode, on a CUDA GPU; not moved or converted afterwards.
-        example: [N, C, H, W], on the same GPU.
+        model: in evaluation mode; not moved or converted afterwards.
+        example: [N, C, H, W], on the model's device.
 
     Raises:
-        ValueError: where the model is in training mode, or something is not on a GPU.
+        ValueError: where the model is in training mode, or not all is on one CPU or CUDA device.
     """
     if model.training:
         raise ValueError("capture: the model must be in evaluation mode: call model.eval() first")
     devices = {t.device for t in (*model.parameters(), *model.buffers(), example)}
-    if len(devices) != 1 or example.device.type != "cuda":
+    if len(devices) != 1 or example.device.type not in ("cpu", "cuda"):
         names = ", ".join(sorted(map(str, devices)))
-        raise ValueError(f"capture: model and example must be on one CUDA GPU, got {names}")
+        raise ValueError(
+            f"capture: model and example must be on the CPU, or on one CUDA GPU, got {names}"
+        )
     return Captured(model, example)

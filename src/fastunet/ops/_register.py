@@ -19,6 +19,14 @@ def define(name: str, schema: str, implementation: Callable, fake: Callable) -> 
     torch.library.register_fake(f"fastunet::{name}", fake, lib=library)
 
 
+def implementations_by_operator() -> dict[Any, Callable]:
+    """What runs where an operator is called, for who wants to see the calls below."""
+    return {
+        getattr(torch.ops.fastunet, name).default: without_autocast(implementation)
+        for name, implementation in implementations.items()
+    }
+
+
 def without_autocast(implementation: Callable) -> Callable:
     """Operators follow autocast in their public functions; inside, dtypes are what they are. And
     Triton launches on the current device, whatever that of the tensors is."""

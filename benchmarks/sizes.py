@@ -1,0 +1,107 @@
+"""``python -m benchmarks.sizes``: does FastUNet's time per pixel stay what it is at other sizes?
+
+Odd and large images, batches and widths between the powers of two, against a 256x256 image: of the
+same width, or for widths between by what the two neighbours make of it; and two threads against
+one. Interleaved; writes a JSON file into ``results/``.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from tabulate import tabulate
+from tqdm import tqdm
+
+from . import results
+from .contest import FASTUNET, Setting
+from .network_cases import Network, make
+from .timing import interleave, quantile
+
+SIZES = ((197, 233), (512, 512), (640, 959))
+BATCHES = (1, 8)
+BETWEEN = {24: (16, 32), 48: (32, 64)}  # widths, and their neighbours
+
+
+def networks(bases: tuple[int, ...]) -> list[Network]:
+    sizes = [(256, 256, 1), *((h, w, n) for n in BATCHES for h, w in SIZES), (256, 256, 8)]
+    return [Network(base, True, h, w, n) for base in bases for h, w, n in sizes]
+
+
+def pixels(network: Network) -> int:
+    return network.batch * network.height * network.width
+
+
+def expected(base: int, per_pixel: dict[int, float]) -> float:
+    """Seconds per pixel of a width: measured, or between its neighbours in the same proportion as
+    its products, which grow with the square."""
+    if base not in BETWEEN:
+        return per_pixel[base]
+    low, high = BETWEEN[base]
+    share = (base**2 - low**2) / (high**2 - low**2)
+    return per_pixel[low] + share * (per_pixel[high] - per_pixel[low])
+
+
+def measure(cases: list[Network], phase: str, rounds: int) -> dict[Network, dict[str, float]]:
+    """Medians of seconds, by threads: each case beside the 256x256 image of its width."""
+    found: dict[Network, dict[str, float]] = {}
+    threads = torch.get_num_threads()
+    for network in tqdm(cases, unit="case", desc=phase, disable=None):
+        basis = Network(network.base, True, 256, 256)
+        works = {
+            "network": make(network, phase, FASTUNET, Setting()).run,
+            "basis": make(basis, phase, FASTUNET, Setting()).run,
+        }
+        times = interleave(works, rounds, 0.05, "cpu")
+        found[network] = {name: quantile(values, 0.5) for name, values in times.items()}
+        if network == basis and threads > 1:
+            torch.set_num_threads(1)
+            found[network]["one thread"] = quantile(
+                interleave({"one": works["basis"]}, rounds, 0.05, "cpu")["one"], 0.5
+            )
+            torch.set_num_threads(threads)
+    return found
+
+
+def rows(found: dict[Network, dict[str, float]], phase: str) -> list[dict[str, Any]]:
+    bases = {
+        network.base: times["network"] / pixels(network)
+        for network, times in found.items()
+        if network == Network(network.base, True, 256, 256)
+    }
+    table = []
+    for network, times in found.items():
+        drift = times["basis"] / (bases[network.base] * 256 * 256)  # of the machine, since then
+        per_pixel = times["network"] / pixels(network)
+        table.append(
+            {
+                "name": network.name,
+                "phase": phase,
+                "seconds": times["network"],
+                "ns_per_pixel": per_pixel * 1e9,
+                "ratio": per_pixel / (expected(network.base, bases) * drift),
+                "speedup_of_threads": times.get("one thread", 0) / times["network"] or None,
+            }
+        )
+    return table
+
+
+@click.command()
+@click.option("--rounds", default=5, show_default=True, type=click.IntRange(1))
+@click.option("--bases", default="16,24,32,48,64", show_default=True)
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="JSON file.")
+def main(rounds: int, bases: str, output: Path | None) -> None:
+    """Time per pixel at other sizes, over that at 256x256 (1: none is lost)."""
+    about = results.context("cpu")
+    cases = networks(tuple(int(base) for base in bases.split(",")))
+    table = []
+    for phase in ("forward", "step"):
+        table += rows(measure(cases, phase, rounds), phase)
+    click.echo(tabulate(table, headers="keys", floatfmt=".3g"))
+    path = output or results.default_path("cpu", "sizes")
+    results.write(path, {**about, "dtype": "float32", "rounds": rounds, "results": table})
+    click.echo(f"\n{path}")
+
+
+if __name__ == "__main__":
+    main()
