@@ -6,7 +6,8 @@ Their small cases are in test_conv_norm_act.py and test_conv_transpose.py.
 import pytest
 import torch
 from checks import FP32_BUDGET, assert_identical, check_dtype, evaluate, oracle
-from hypothesis import given
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from oracle import Conv, ConvTranspose, Source
 from test_conv_norm_act import ALL, MANY, cases, conv
 from torch.profiler import profile
@@ -39,6 +40,19 @@ LARGE = {
     ),
     # more transformed tiles than are held at a time
     "batches of stages": conv("none", Source(530, 66, 62, slope=1.0), out_channels=17, n=1),
+    # both gradients from what is read once, in tiles of 6 and of 4
+    "shared": conv("batch", Source(20, 191, 203, slope=1.0), out_channels=18, slope=1.0, n=1),
+    "shared by a pair": conv(
+        "batch",
+        Source(16, 120, 122, slope=1.0),
+        Source(9, 60, 61, BILINEAR, slope=1.0),
+        out_channels=32,
+        slope=1.0,
+        n=1,
+    ),
+    "shared in small tiles": conv("frozen", Source(8, 88, 90, slope=1.0), slope=1.0, n=3),
+    # tiles of 6 by stage
+    "large stages": conv("group", Source(150, 100, 101, slope=1.0), out_channels=72, n=1),
     "thin": conv("none", Source(4, 1, 700, slope=1.0), Source(3, 1, 700, rows="plain")),
     "transposed": ConvTranspose(Source(20, 50, 70, slope=1.0), 18),
     "transposed, wide": ConvTranspose(Source(130, 12, 300, BILINEAR, slope=1.0), 33),
@@ -78,6 +92,35 @@ def test_any_chain(build, case):
     if len({s.size for s in sources}) > 1:
         sources = sources[:1]
     check_dtype(case._replace(sources=sources, slope=1.0), torch.float32)
+
+
+@st.composite
+def large_cases(draw):
+    """Maps of either tile size, by groups, by stages, and with both gradients at once."""
+    side, channels = st.integers(40, 150), st.sampled_from((1, 3, 16, 17, 40, 70))
+    rows = st.sampled_from(("plain", "one", "each"))
+    read = Source(draw(channels), draw(side), draw(side), rows=draw(rows), slope=1.0)
+    other = read._replace(channels=draw(channels), rows=draw(rows))
+    if draw(st.booleans()):
+        half = read._replace(height=-(-read.height // 2), width=-(-read.width // 2))
+        mode = draw(st.sampled_from((BILINEAR, BILINEAR_ALIGN_CORNERS, NEAREST)))
+        place = (read.height - 2 * half.height, read.width - 2 * half.width)
+        other = half._replace(channels=draw(channels), mode=mode, placement=place)
+    sources = (read, other) if draw(st.booleans()) else (read,)
+    norm = draw(st.sampled_from(("none", "frozen", "batch", "instance")))
+    return conv(norm, *sources, out_channels=draw(channels), n=draw(st.integers(1, 2)), slope=1.0)
+
+
+@given(case=large_cases())
+@settings(MANY, max_examples=20)
+def test_any_large(build, threads, case):
+    """The error budget, and the same bits for other numbers of threads."""
+    check_dtype(case, torch.float32)
+    tensors = case.tensors()
+    threads(1)
+    once = evaluate(case.fast, tensors)
+    threads(3)
+    assert_identical(evaluate(case.fast, tensors), once)
 
 
 CONVOLUTIONS = {"aten::convolution", "aten::convolution_backward"}
