@@ -19,12 +19,26 @@ Weight weight_view(const Tensor& weight, bool turned) {
 }
 
 template <class T>
-void convolve(const Input<T>& in, const Weight& weight, const Map<T>& to,
-              ChunkMoments<T>* moments) {
+void convolve(const Input<T>& in, const Weight& weight, const Map<T>& to, ChunkMoments<T>* moments,
+              const Source<T>* done = nullptr) {
+  require(in.C == weight.K && to.C == weight.N, "weight must be [", to.C, ", ", in.C,
+          ", 3, 3], got ", weight.N, " output and ", weight.K, " input channels");
+  if (to.N * to.H * to.W == 0) return;
   with_tile(to.H, to.W, [&](auto tile) {
-    const RawOutput<T, tile> output{to, moments};
+    const RawOutput<T, tile> output{to, moments, done};
     Convolution<tile, T, RawOutput<T, tile>>(in, weight, output).run();
   });
+}
+
+// Where the norm has no statistics.
+void fixed_vectors(int64_t C, const std::string& norm, const float* bias, const float* gamma,
+                   const float* beta, const MaybeTensor& mean, const MaybeTensor& variance,
+                   double eps, const Normalization<float>& vectors) {
+  const float* m = rows<const float>(mean, C, "running_mean");
+  const float* v = rows<const float>(variance, C, "running_var");
+  require(norm == "none" || (norm == "frozen" && m && v),
+          "norm must be none, or frozen with running_mean and running_var, got ", norm);
+  fixed_normalization(C, bias, gamma, beta, norm == "none" ? nullptr : m, v, eps, vectors);
 }
 
 void conv_norm_act(Tensor out, FASTUNET_SOURCE_PARAMETERS, const Tensor weight, std::string norm,
@@ -37,8 +51,6 @@ void conv_norm_act(Tensor out, FASTUNET_SOURCE_PARAMETERS, const Tensor weight, 
     const Weight w = weight_view(weight, false);
     const Identity<float> identity(w.K);
     const Input<T> in = input<T>(to, identity, {FASTUNET_SOURCE_ARGUMENTS});
-    require(in.C == w.K && to.C == w.N, "weight must fit ", in.C, " input and ", to.C,
-            " output channels, got ", shape(weight));
     const bool statistics = norm == "batch" || norm == "group";
     const Grouping g = grouping(to.N, to.C, to.H * to.W, norm == "group" ? groups : 0);
     const int64_t count = g.rows() * to.C;
@@ -49,12 +61,31 @@ void conv_norm_act(Tensor out, FASTUNET_SOURCE_PARAMETERS, const Tensor weight, 
     const float* ga = rows<const float>(gamma, to.C, "gamma");
     const float* be = rows<const float>(beta, to.C, "beta");
     ChunkMoments<T> moments;
-    if (out.numel() > 0) convolve(in, w, to, statistics ? &moments : nullptr);
+    convolve(in, w, to, statistics ? &moments : nullptr);
     if (statistics) return finalize(moments, g, b, ga, be, eps, vectors);
-    const float* m = rows<const float>(mean, to.C, "running_mean");
-    const float* v = rows<const float>(variance, to.C, "running_var");
-    require(norm == "none" || (m && v), "a frozen norm must have running_mean and running_var");
-    fixed_normalization(to.C, b, ga, be, norm == "none" ? nullptr : m, v, eps, vectors);
+    fixed_vectors(to.C, norm, b, ga, be, mean, variance, eps, vectors);
+  });
+}
+
+// For inference: the output with its normalisation, none or frozen, and activation done.
+void conv_norm_act_folded(Tensor out, FASTUNET_SOURCE_PARAMETERS, const Tensor weight,
+                          std::string norm, const MaybeTensor bias, const MaybeTensor gamma,
+                          const MaybeTensor beta, const MaybeTensor mean,
+                          const MaybeTensor variance, double eps, double slope) {
+  dispatch_fp32_arithmetic(out.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    const Map<T> to = output_map<T>(out, "out");
+    const Weight w = weight_view(weight, false);
+    const Identity<float> identity(w.K);
+    const Input<T> in = input<T>(to, identity, {FASTUNET_SOURCE_ARGUMENTS});
+    std::vector<float> values(4 * to.C);
+    const auto vector = [&](int i) { return values.data() + i * to.C; };
+    fixed_vectors(to.C, norm, rows<const float>(bias, to.C, "bias"),
+                  rows<const float>(gamma, to.C, "gamma"), rows<const float>(beta, to.C, "beta"),
+                  mean, variance, eps, {vector(0), vector(1), vector(2), vector(3)});
+    const Source<T> done{to.read_only(), vector(0), vector(1),
+                         vector(2),      0,         static_cast<float>(slope)};
+    convolve<T>(in, w, to, nullptr, &done);
   });
 }
 
@@ -161,6 +192,10 @@ FASTUNET_KERNEL(conv_norm_act,
                 ", Tensor weight, str norm, Tensor? bias, Tensor? gamma, Tensor? beta, "
                 "Tensor? running_mean, Tensor? running_var, int groups, float eps, "
                 "Tensor(b!) center, Tensor(c!) scale, Tensor(d!) shift, Tensor(e!) var) -> ()")
+FASTUNET_KERNEL(conv_norm_act_folded,
+                "conv_norm_act_folded(Tensor(a!) out, " FASTUNET_SOURCES
+                ", Tensor weight, str norm, Tensor? bias, Tensor? gamma, Tensor? beta, "
+                "Tensor? running_mean, Tensor? running_var, float eps, float slope) -> ()")
 FASTUNET_KERNEL(
     conv_norm_act_bwd,
     "conv_norm_act_bwd(Tensor(a!)? dweight, Tensor(b!)? dgamma, Tensor(c!)? dbeta, "

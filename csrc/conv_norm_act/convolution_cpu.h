@@ -45,9 +45,9 @@ inline constexpr int64_t kGradTiles = 20;
 // tiles in a group from which both gradients share what they read.
 inline constexpr int64_t kSharedTiles = 10;
 
-// Calls f with the side of the tiles for maps of H x W, a compile-time number: 6 on large maps where
-// that saves a tenth of the products, not much of it being lost in tiles that reach beyond the map;
-// elsewhere 4, whose rounding errors are a quarter.
+// Calls f with the side of the tiles for maps of H x W, a compile-time number: 6 on large maps
+// where that saves a tenth of the products, not much of it being lost in tiles that reach beyond
+// the map; elsewhere 4, whose rounding errors are a quarter.
 template <class F>
 void with_tile(int64_t H, int64_t W, F f) {
   const auto products = [&](int64_t tile) {

@@ -297,11 +297,12 @@ FASTUNET_INLINE void for_tiles_of(const Tiling::Group& g, int64_t side, int64_t 
     for (int64_t s = 0; s < g.columns; ++s, ++tile) f(tile, g.h + r * side, g.w + s * side);
 }
 
-// A raw map and, if wanted, its moments.
+// A raw map and, if wanted, its moments; or with an affine and activation done to it.
 template <class T, int kTile>
 struct RawOutput {
   Map<T> y;
   ChunkMoments<T>* moments;
+  const Source<T>* done = nullptr;  // by the values per channel of this
 
   void prepare(const Tiling& tiling) const {
     if (moments) moments->resize(tiling.count(), y.C);
@@ -316,12 +317,19 @@ struct RawOutput {
   void write(const Tiling::Group& g, int64_t index, int64_t begin, int64_t end, const Panels& m,
              int64_t first) const {
     for_vectors(begin, end, y.C, m, [&](int64_t c, const float* from, auto lanes) {
-      for_tiles_of(g, kTile, first, [&](int64_t tile, int64_t h, int64_t w) {
-        T* to = y.at(g.n, h, w) + c;
-        transform_tile<kTile>(
-            from + tile * kBlock, m.plane(), y.H - h, y.W - w,
-            [&](int i, int j, vfloat value) { store(to + i * y.sh + j * y.sw, value, lanes); });
-      });
+      const auto write_tiles = [&](auto value_of) {
+        for_tiles_of(g, kTile, first, [&](int64_t tile, int64_t h, int64_t w) {
+          T* to = y.at(g.n, h, w) + c;
+          transform_tile<kTile>(from + tile * kBlock, m.plane(), y.H - h, y.W - w,
+                                [&](int i, int j, vfloat value) {
+                                  store(to + i * y.sh + j * y.sw, value_of(value), lanes);
+                                });
+        });
+      };
+      if (done)
+        write_tiles(Channels<float>(*done, g.n, c, lanes));
+      else
+        write_tiles([](vfloat value) { return value; });
     });
     if (!moments) return;
     const int64_t c = begin * kBlock;

@@ -8,6 +8,7 @@ from fastunet import extension
 from .conv_norm_act import (
     conv_norm_act,
     conv_norm_act_bwd,
+    conv_norm_act_folded,
     convolves,
 )
 from .conv_transpose import conv_transpose, conv_transpose_bwd
@@ -17,6 +18,7 @@ from .passes import normalization, normalization_bwd, resample, resample_bwd
 __all__ = [
     "conv_norm_act",
     "conv_norm_act_bwd",
+    "conv_norm_act_folded",
     "conv_transpose",
     "conv_transpose_bwd",
     "convolves",

@@ -45,7 +45,7 @@ def conv_norm_act(
         *flatten(sources),
         as_kernel_weight(weight),
         norm.kind,
-        *(None if t is None else t.float().contiguous() for t in (bias, *norm[1:5])),
+        *vectors(bias, norm),
         norm.groups,
         norm.eps,
         center,
@@ -54,6 +54,32 @@ def conv_norm_act(
         var,
     )
     return y, center, scale, shift, var
+
+
+def conv_norm_act_folded(
+    sources: Sequence[Activation],
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: "Norm",
+    slope: float,
+) -> Tensor:
+    """The output with its normalisation and activation done."""
+    z = empty_map(sources[0].y, weight.size(0), sources[0].size)
+    kernels().conv_norm_act_folded(
+        z,
+        *flatten(sources),
+        as_kernel_weight(weight),
+        norm.kind,
+        *vectors(bias, norm),
+        norm.eps,
+        slope,
+    )
+    return z
+
+
+def vectors(bias: Tensor | None, norm: "Norm") -> list[Tensor | None]:
+    """bias, gamma, beta and the running statistics, as the kernels take them."""
+    return [None if t is None else t.float().contiguous() for t in (bias, *norm[1:5])]
 
 
 def conv_norm_act_bwd(
