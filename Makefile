@@ -22,7 +22,7 @@ help:
 	@echo "make test-all  the same with every combination, for an hour or so"
 	@echo "make sanitize  the operators' tests with AddressSanitizer and UBSan in the kernels"
 	@echo "make kernels   what each GPU kernel compiles to: registers, spills, shared memory"
-	@echo "make bench     measure against eager PyTorch and write benchmarks/results"
+	@echo "make bench     measure against PyTorch and other engines; write benchmarks/results"
 	@echo "make gpu       on an NVIDIA GPU: test and measure everything; STAGE=check for a part of it"
 	@echo "make lint      ruff, clang-format and mypy"
 	@echo "make format    let ruff and clang-format write"
@@ -51,8 +51,10 @@ kernels: $(READY)
 	$(BIN)/python tools/kernels.py
 	$(BIN)/python tools/cuda_kernels.py
 
+# What cannot be installed is named, and not measured.
 bench: $(READY)
-	$(BIN)/python -m benchmarks.run
+	-$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements/peers.txt
+	$(BIN)/python -m benchmarks.run --peers --compile
 
 gpu: $(READY)
 	$(BIN)/python -m benchmarks.gpu --stage $(STAGE) $(if $(OUT),--out $(OUT))

@@ -53,7 +53,11 @@ class Network(NamedTuple):
 NETWORKS = [
     Network(base, bilinear, 256, 256) for base in (16, 32, 64) for bilinear in (True, False)
 ]
-NETWORKS.append(Network(16, True, 640, 959))
+NETWORKS += [
+    Network(16, True, 640, 959),
+    Network(32, True, 256, 256, 2),
+    Network(16, True, 256, 256, 4),
+]
 GPU_NETWORKS = [
     Network(base, bilinear, 512, 512, batch)
     for base in (64, 32)

@@ -1,6 +1,6 @@
 """Inference engines for CPUs that pip brings: each the plain U-Net, exported, on PyTorch's threads.
 
-    pip install -e '.[peers]'
+    pip install -r requirements/peers.txt
 
 What is timed is inference alone: an engine's input is in place, its output is read back for the
 gate only.

@@ -54,9 +54,9 @@ class Captured:
         """What the operators and the rest of the model call, as a function."""
         from torch.fx.experimental.proxy_tensor import make_fx  # takes its time
 
-        calls = make_fx(lambda x: self.run(x), decomposition_table=implementations_by_operator())(
-            self.input
-        )
+        operators = implementations_by_operator()
+        calls = make_fx(lambda x: self.run(x), decomposition_table=operators)(self.input)
+        keep_memory(calls)
         strides = self.input.stride()
 
         def replay(x: Tensor) -> Tensor:
@@ -102,6 +102,42 @@ class Captured:
         if self.versions() != self.state:
             self.refresh()
         return self.replay(x)
+
+
+def keep_memory(calls: torch.fx.GraphModule) -> None:
+    """Gives what the calls allocate, but for their result, memory that is kept between runs: where
+    one is not read any more, the next of its size is written. Fresh memory costs a page fault per
+    page, which can take as long as the work."""
+    graph = calls.graph
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    last: dict[torch.fx.Node, int] = {}
+    for node in reversed(graph.nodes):
+        # What a user returns may be a view.
+        last[node] = max((max(order[u], last[u]) for u in node.users), default=0)
+    allocations = [n for n in graph.nodes if n.target in ALLOCATIONS and last[n] < len(order) - 1]
+    buffers: list[tuple[Tensor, int]] = []  # and until when it is in use
+    for node in allocations:
+        like = node.meta["val"]
+        free = [i for i, (b, until) in enumerate(buffers) if until < order[node] and same(b, like)]
+        i = free[0] if free else len(buffers)
+        buffer = (
+            buffers[i][0]
+            if free
+            else torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
+        )
+        buffers[i : i + 1] = [(buffer, last[node])]
+        calls.register_buffer(f"buffer{i}", buffer, persistent=False)
+        with graph.inserting_before(node):
+            node.replace_all_uses_with(graph.get_attr(f"buffer{i}"))
+        graph.erase_node(node)
+    calls.recompile()
+
+
+ALLOCATIONS = (torch.ops.aten.empty.memory_format, torch.ops.aten.new_empty.default)
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    return (one.dtype, one.shape, one.stride()) == (other.dtype, other.shape, other.stride())
 
 
 def capture(model: nn.Module, example: Tensor) -> Captured:
