@@ -60,7 +60,8 @@ class Contender:
     record: the forward alone, recorded by autograd; None where the case has no backward.
     parameters: tensors that do not count as saved for backward.
     reads: what the work has to read, where it moves little else than that and its results.
-    timed: what is timed, where ``run`` also fetches results from another library.
+    timed: what is timed, where its memory is not what PyTorch allocates in a call: another library,
+        whose results ``run`` fetches, or a recording, which has its memory already.
     """
 
     run: Callable[[], list[Tensor]]
@@ -162,8 +163,7 @@ def distance(results: list[Tensor], oracle: list[Tensor]) -> float:
 def memory(contender: Contender, device: str) -> dict[str, int | None]:
     """peak_bytes of the work, and saved_bytes of its recorded forward, for a warm contender.
 
-    The peak is None for the replay of a graph, which allocates nothing, and for other libraries,
-    which do not allocate through PyTorch.
+    The peak is None where calls of PyTorch's allocator do not tell.
     """
     if contender.timed is not None:
         return {"peak_bytes": None, "saved_bytes": None}

@@ -116,7 +116,7 @@ def make(network: Network, phase: str, name: str, setting: Setting) -> Contender
     if phase == "forward" and "graph" in words:
         with setting.autocast(), serving(name):
             captured = capture(model, image)
-        return Contender(lambda: [captured(image)])
+        return Contender(lambda: [captured(image)], timed=lambda: captured(image))
     if phase == "forward":
         return Contender(forward)
 

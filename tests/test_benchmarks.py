@@ -12,9 +12,20 @@ from click.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks is not installed
 
-from benchmarks import run
+from benchmarks import peers, run, sizes
 from benchmarks.cases import CASES, matching
-from benchmarks.contest import EAGER, FASTUNET, Contender, GateError, Setting, gate, memory
+from benchmarks.contest import (
+    EAGER,
+    FASTUNET,
+    FROZEN,
+    PEERS,
+    PEERS_FLOOR,
+    Contender,
+    GateError,
+    Setting,
+    gate,
+    memory,
+)
 from benchmarks.network_cases import FLOORS, Network, network_case
 from benchmarks.plot import plot
 from benchmarks.timing import ratio_interval, summary
@@ -101,6 +112,68 @@ def test_runner_without_a_case():
     result = CliRunner().invoke(run.main, ["--filter", "no such case"])
     assert result.exit_code == 2
     assert "no case matches" in result.output
+
+
+def test_other_engines(tmp_path, monkeypatch):
+    """Those that are missing are named; FastUNet's recorded inference stands beside them."""
+    monkeypatch.setattr(peers, "MODULES", dict.fromkeys(PEERS, ("no_such_module",)))
+    monkeypatch.setattr(run, "matching", lambda pattern: [network_case(TINY, "forward")])
+    path = tmp_path / "result.json"
+    options = ["--peers", "--rounds", "1", "--min-time", "0", "--output", str(path)]
+    result = CliRunner().invoke(run.main, options, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert "not measured: mnn (no module no_such_module)" in result.output
+    found = json.loads(path.read_text())
+    assert set(found["missing"]) == set(PEERS)
+    (case,) = found["results"]
+    assert set(case["contenders"]) == {*EAGER, FASTUNET, "fastunet auto graph"}
+
+
+@pytest.mark.parametrize("off", [PEERS_FLOOR / 2, 2 * PEERS_FLOOR])
+def test_other_engines_pass_a_gate(monkeypatch, off):
+    def engine(model, image, folder):
+        output = []
+
+        def infer():
+            output[:] = [(1 + off) * model(image).detach().numpy()]
+
+        return infer, lambda: output[0]
+
+    monkeypatch.setitem(peers.PEERS, "mnn", engine)
+    setting = Setting(contenders=(*EAGER, FASTUNET, "mnn", FROZEN))
+    step = network_case(TINY, "step")
+    assert step.contenders(setting) == [*EAGER, FASTUNET]  # they infer only
+    forward = network_case(TINY, "forward")
+    assert forward.contenders(setting) == [*EAGER, FASTUNET, "mnn", FROZEN]
+    setting = replace(setting, contenders=(*EAGER, "mnn"))
+    if off > PEERS_FLOOR:
+        with pytest.raises(GateError, match=r"mnn is 0\.02 from float64"):
+            gate(forward, setting)
+        return
+    contenders, errors = gate(forward, setting)
+    assert errors["mnn"] == pytest.approx(off, rel=0.01)
+    assert contenders["mnn"].timed is not None
+    assert memory(contenders["mnn"], "cpu") == {"peak_bytes": None, "saved_bytes": None}
+
+
+def test_time_per_pixel():
+    """Between two widths by the products; over that of 256x256, drift of the machine taken out."""
+    square = 256 * 256
+    seconds = {16: 1.0, 32: 3.0}
+    found = {
+        Network(base, True, 256, 256): {"network": s, "basis": s, "one thread": 2 * s}
+        for base, s in seconds.items()
+    }
+    found[Network(24, True, 256, 256)] = {"network": 2.0, "basis": 2.0, "one thread": 3.0}
+    found[Network(16, True, 128, 256, 8)] = {"network": 8.0, "basis": 2.0}  # a slow minute
+    table = {row["name"]: row for row in sizes.rows(found, "step")}
+    assert table["base16-bilinear-256x256"]["ratio"] == 1
+    assert table["base16-bilinear-256x256"]["speedup_of_threads"] == 2
+    share = (24**2 - 16**2) / (32**2 - 16**2)
+    assert table["base24-bilinear-256x256"]["ratio"] == pytest.approx(2 / (1 + 2 * share))
+    batch = table["base16-bilinear-128x256-batch8"]
+    assert batch["ratio"] == pytest.approx(1.0)
+    assert batch["ns_per_pixel"] == pytest.approx(8e9 / (4 * square))
 
 
 def test_ratio_and_its_interval():

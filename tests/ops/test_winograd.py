@@ -82,16 +82,26 @@ def test_bitwise_over_threads(compiled, threads, name):
         assert_identical(other, results[0])
 
 
+def check(case, threads):
+    """The error budget, and the same bits for other numbers of threads."""
+    check_dtype(case, torch.float32)
+    tensors = case.tensors()
+    threads(1)
+    once = evaluate(case.fast, tensors)
+    threads(3)
+    assert_identical(evaluate(case.fast, tensors), once)
+
+
 @given(case=cases())
 @MANY
-def test_any_chain(build, case):
+def test_any_chain(build, threads, case):
     """In fp32; rounding must not decide over masks, so without activation."""
     sources = tuple(
         s._replace(slope=1.0, mode=NONE if s.mode == MAX_POOL else s.mode) for s in case.sources
     )
     if len({s.size for s in sources}) > 1:
         sources = sources[:1]
-    check_dtype(case._replace(sources=sources, slope=1.0), torch.float32)
+    check(case._replace(sources=sources, slope=1.0), threads)
 
 
 @st.composite
@@ -114,13 +124,7 @@ def large_cases(draw):
 @given(case=large_cases())
 @settings(MANY, max_examples=20)
 def test_any_large(build, threads, case):
-    """The error budget, and the same bits for other numbers of threads."""
-    check_dtype(case, torch.float32)
-    tensors = case.tensors()
-    threads(1)
-    once = evaluate(case.fast, tensors)
-    threads(3)
-    assert_identical(evaluate(case.fast, tensors), once)
+    check(case, threads)
 
 
 CONVOLUTIONS = {"aten::convolution", "aten::convolution_backward"}
