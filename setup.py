@@ -11,6 +11,7 @@ FASTUNET_CPU=1, FASTUNET_CUDA=1    fail where they cannot be compiled (otherwise
 TORCH_CUDA_ARCH_LIST   architectures, "8.0+PTX" by default: compiled for sm_80, and by the driver
                   for later ones; a release has "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 MAX_JOBS=n        compile in n jobs (2 by default)
+FASTUNET_BUILDS=avx2   these of the CPU builds alone: default, avx2, avx512
 FASTUNET_SANITIZE=1  with AddressSanitizer and UndefinedBehaviorSanitizer, see `make sanitize`
 FASTUNET_HOST_CUDA=1  for tests: also the CUDA kernels compiled for the CPU, all accesses checked
 """
@@ -75,6 +76,7 @@ def cpu_extensions():
     return [
         extension(f"cpu_{name}", sources(".cpp"), flags + isa, extra_link_args=link)
         for name, isa in builds.items()
+        if name in os.environ.get("FASTUNET_BUILDS", name).split()
     ]
 
 
