@@ -2,6 +2,7 @@
 // neither a stride of one line per pixel nor a row of pixels into its next page.
 #pragma once
 
+#include <algorithm>
 #include <array>
 
 #include "common/map.h"
