@@ -7,8 +7,6 @@ SOURCES := $(shell find csrc tests/host_cuda -name '*.cpp' -o -name '*.h' -o -na
 # Tests run in two processes of one thread each.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-ONE_BUILD := $(if $(filter x86_64,$(shell uname -m)),avx2,default)
-
 # A copy of the package whose kernels check addresses and undefined behaviour.
 CHECKED := build/checked
 SANITIZERS := $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
@@ -38,11 +36,8 @@ $(READY): pyproject.toml setup.py requirements/cpu.txt tools/setup.sh $(SOURCES)
 demo: $(READY)
 	$(BIN)/python examples/demo.py
 
-# And some of `make sanitize`, on one build of the kernels.
 test: $(READY)
 	$(PYTEST)
-	FASTUNET_BUILDS=$(ONE_BUILD) $(MAKE) sanitize \
-		TESTS="tests/ops/test_winograd.py -k 'oracle and $(ONE_BUILD) and not batches'"
 
 test-all: $(READY)
 	$(PYTEST) -m "not gpu"

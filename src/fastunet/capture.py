@@ -1,8 +1,8 @@
 """Inference as a recording: on GPUs a CUDA graph, on CPUs the kernels' calls one after the other.
 
 On GPUs nothing of Python is left, weights are packed and norms folded once. On CPUs what is left is
-a function that allocates and calls kernels: the model's modules, checks and choices are not run
-again. Python is slow there where a kernel has just taken the caches for its maps.
+a function that calls kernels, in memory of its own: the model's modules, checks and choices are not
+run again. Python is slow there where a kernel has just taken the caches for its maps.
 """
 
 import contextlib

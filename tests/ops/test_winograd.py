@@ -122,7 +122,7 @@ def large_cases(draw):
 
 
 @given(case=large_cases())
-@settings(MANY, max_examples=20)
+@settings(MANY, max_examples=8)
 def test_any_large(build, threads, case):
     check(case, threads)
 
