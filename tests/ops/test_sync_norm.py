@@ -56,6 +56,8 @@ def process(rank, folder, backend, options, policy):
             wrapped.zero_grad()
             logits = step(wrapped, part, share=2.0)
     torch.save(found(wrapped, logits), f"{folder}/{rank}.pt")
+    # Before the group, as otherwise its end waits for a thread that waits for Python's lock.
+    del wrapped, logits
     dist.destroy_process_group()
 
 
