@@ -531,8 +531,6 @@ def work(rank, world, path, norm, policy):
     F.mse_loss(model(x[rank::world]), torch.ones(2 // world, 2, 13, 18).double()).backward()
     if rank == 0:
         torch.save({name: p.grad for name, p in fast.named_parameters()}, f"{path}.grads")
-    # Before the group, as otherwise its end waits for a thread that waits for Python's lock.
-    del model
     dist.destroy_process_group()
 
 
