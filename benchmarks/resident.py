@@ -4,7 +4,6 @@ What the allocator's figures leave out is in it: scratch of kernels and librarie
 kept, fragmentation. Peak of the process over what it had before the first step, model included.
 """
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ from .contest import CHANNELS_LAST, CONTIGUOUS, FASTUNET
 
 STEPS = 3
 STEP = """
-import resource, sys
+import sys
 import psutil
 from benchmarks.contest import Setting
 from benchmarks.network_cases import Network, data, make
@@ -51,7 +50,7 @@ def main(output: Path | None) -> None:
         rows.append({"base": base, "batch": batch, **found, "ratio": found[FASTUNET] / least})
     click.echo(tabulate(rows, headers="keys"))
     path = output or results.default_path("cpu", "resident")
-    results.write(path, {**about, "steps": STEPS, "results": json.loads(json.dumps(rows))})
+    results.write(path, {**about, "steps": STEPS, "results": rows})
     click.echo(f"\n{path}")
 
 
