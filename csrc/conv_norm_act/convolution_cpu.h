@@ -237,9 +237,8 @@ class WeightGrad {
   // The steps of by_group: sums over the groups of each of a fixed number of shares, added up at
   // last.
   static int64_t shares(const Tiling& tiling) { return std::min<int64_t>(tiling.count(), 16); }
-  int64_t sum_floats() const {
-    return blocks_of(x_.C) * kBlock * kTaps * blocks_of(dy_.C) * kBlock;
-  }
+  // [blocks of outputs][inputs][taps][16]
+  int64_t sum_floats() const { return blocks_of(dy_.C) * sum_block(); }
   int64_t scratch_floats(const Tiling& tiling) const {
     return Panels::floats(kPoints, blocks_of(x_.C), tiling.max_tiles()) +
            Panels::floats(kPoints, blocks_of(dy_.C), tiling.max_tiles()) +
@@ -254,7 +253,7 @@ class WeightGrad {
     for (int64_t g = count * share / all; g < count * (share + 1) / all; ++g) f(g);
     if (keeps_products())
       for_pairs([&](int64_t i, int64_t o, int64_t pair) {
-        add_transformed(scratch + pair * product_floats(), blocks_of(dy_.C), i, o, sum);
+        add_transformed(scratch + pair * product_floats(), i, o, sum);
       });
   }
   // `rest`: of the scratch, behind what for_share keeps.
@@ -274,24 +273,25 @@ class WeightGrad {
       const bool keep = keeps_products();
       float* product = scratch + (keep ? pair * product_floats() : 0);
       multiply(v, d, i, o, product, keep, lines);
-      if (!keep) add_transformed(product, outputs, i, o, sum);
+      if (!keep) add_transformed(product, i, o, sum);
     });
   }
+  // The sums of all shares, to the weight's layout. They may be where that is.
   void finish(const float* sums, int64_t shares) const {
-    const int64_t I = x_.C, O = dy_.C, row = blocks_of(O) * kBlock;
+    const int64_t I = x_.C, O = dy_.C;
     torch::stable::parallel_for(0, blocks_of(O), 1, [&](int64_t begin, int64_t end) {
-      alignas(64) float taps[kTaps * kBlock];
-      for (int64_t b = begin; b < end; ++b)
-        for (int64_t i = 0; i < I; ++i) {
-          for (int t = 0; t < kTaps; ++t)
-            for (int c = 0; c < kBlock; c += kLanes) {
-              const float* from = sums + (i * kTaps + t) * row + b * kBlock + c;
-              vfloat total = load(from);
-              for (int64_t s = 1; s < shares; ++s) total += load(from + s * sum_floats());
-              store(taps + t * kBlock + c, total);
-            }
-          scatter_taps(taps, I * kTaps, O - b * kBlock, dweight_ + (b * kBlock * I + i) * kTaps);
+      float* total = thread_workspace().get(sum_block());
+      for (int64_t b = begin; b < end; ++b) {
+        for (int64_t c = 0; c < sum_block(); c += kLanes) {
+          const float* from = sums + b * sum_block() + c;
+          vfloat value = load(from);
+          for (int64_t s = 1; s < shares; ++s) value += load(from + s * sum_floats());
+          store(total + c, value);
         }
+        for (int64_t i = 0; i < I; ++i)
+          scatter_taps(total + i * kTaps * kBlock, I * kTaps, O - b * kBlock,
+                       dweight_ + (b * kBlock * I + i) * kTaps);
+      }
     });
   }
   const Reader<InputTransform<kTile>, T>& input_reader() const { return read_x_; }
@@ -321,14 +321,19 @@ class WeightGrad {
     const int64_t fit = kGradBatchBytes / (kPoints * (inputs + outputs) * kBlock * 4);
     const int64_t batch = std::max<int64_t>(1, fit / tiling.max_tiles());
     const int64_t most = std::min(batch, tiling.count()) * tiling.max_tiles();
-    float* sums = shared_workspace().get(sum_floats() + Panels::floats(kPoints, inputs, most) +
-                                         Panels::floats(kPoints, outputs, most));
+    // The sum, as large as the weight, is added up where its end result goes.
+    const bool in_place = dy_.C % kBlock == 0;
+    float* panels = shared_workspace().get((in_place ? 0 : sum_floats()) +
+                                           Panels::floats(kPoints, inputs, most) +
+                                           Panels::floats(kPoints, outputs, most));
+    float* sums = dweight_;
+    if (!in_place) sums = panels, panels += sum_floats();
     std::fill_n(sums, sum_floats(), 0.0f);
     for (int64_t first = 0; first < tiling.count(); first += batch) {
       const int64_t last = std::min(first + batch, tiling.count());
       const std::vector<int64_t> offsets = tiling.offsets(first, last);
       const int64_t tiles = offsets.back();
-      const Panels v{sums + sum_floats(), inputs, tiles};
+      const Panels v{panels, inputs, tiles};
       const Panels d{v.data + Panels::floats(kPoints, inputs, tiles), outputs, tiles};
       const int64_t blocks = inputs + outputs;
       torch::stable::parallel_for(0, (last - first) * blocks, 1, [&](int64_t begin, int64_t end) {
@@ -349,7 +354,7 @@ class WeightGrad {
         for (int64_t task = begin; task < end; ++task) {
           const int64_t i = task / columns, o = task % columns * kBlocks;
           multiply(v, d, i, o, product, false, none);
-          add_transformed(product, outputs, i, o, sums);
+          add_transformed(product, i, o, sums);
         }
       });
     }
@@ -382,23 +387,23 @@ class WeightGrad {
     }
   }
 
-  // sum[i][tap][o] += product, transformed.
-  void add_transformed(const float* product, int64_t outputs, int64_t i, int64_t o,
-                       float* sum) const {
-    const int64_t count = std::min<int64_t>(kBlocks, outputs - o), row = outputs * kBlock;
-    for (int64_t k = 0; k < std::min<int64_t>(kBlock, x_.C - i * kBlock); ++k) {
-      float* to = sum + (i * kBlock + k) * kTaps * row + o * kBlock;
-      for (int64_t c = 0; c < count * kBlock; c += kLanes)
-        transform_square<WeightGradTransform<kTile>>(
-            [&](int r, int s) {
-              return load(product + (r * patch_of(kTile) + s) * kProductPlane + k * kProductRow +
-                          c);
-            },
-            [&](int r, int s, vfloat value) {
-              float* tap = to + (r * 3 + s) * row + c;
-              store(tap, load(tap) + value);
-            });
-    }
+  int64_t sum_block() const { return x_.C * kTaps * kBlock; }
+
+  // The sum of input block i and outputs from block o on += product, transformed.
+  void add_transformed(const float* product, int64_t i, int64_t o, float* sum) const {
+    const int64_t count = std::min<int64_t>(kBlocks, blocks_of(dy_.C) - o);
+    for (int64_t b = 0; b < count; ++b)
+      for (int64_t k = 0; k < std::min<int64_t>(kBlock, x_.C - i * kBlock); ++k)
+        for (int64_t c = 0; c < kBlock; c += kLanes) {
+          const float* from = product + k * kProductRow + b * kBlock + c;
+          float* to = sum + (o + b) * sum_block() + (i * kBlock + k) * kTaps * kBlock + c;
+          transform_square<WeightGradTransform<kTile>>(
+              [&](int r, int s) { return load(from + (r * patch_of(kTile) + s) * kProductPlane); },
+              [&](int r, int s, vfloat value) {
+                float* tap = to + (r * 3 + s) * kBlock;
+                store(tap, load(tap) + value);
+              });
+        }
   }
 
   const Input<T>&x_, &dy_;

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backends
+from .maps import allocated_by_pytorch
 from .ops._register import implementations_by_operator
 from .prepared import keeping
 
@@ -55,7 +56,8 @@ class Captured:
         from torch.fx.experimental.proxy_tensor import make_fx  # takes its time
 
         operators = implementations_by_operator()
-        calls = make_fx(lambda x: self.run(x), decomposition_table=operators)(self.input)
+        with allocated_by_pytorch():
+            calls = make_fx(lambda x: self.run(x), decomposition_table=operators)(self.input)
         keep_memory(calls)
         strides = self.input.stride()
 

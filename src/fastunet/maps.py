@@ -1,7 +1,16 @@
 """Maps as kernels want them: channels_last tensors, and the vectors beside them."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+
+from . import extension
+
+# Bytes from which a map on the CPU comes from the kernels' own memory (csrc/maps).
+LEAST_KEPT = 64 << 10
+_by_pytorch = False
 
 
 def channel_adjacent(x: Tensor) -> Tensor:
@@ -12,12 +21,45 @@ def channel_adjacent(x: Tensor) -> Tensor:
 
 
 def empty_map(like: Tensor, channels: int, size: tuple[int, int]) -> Tensor:
+    """A map to be written, of the samples, dtype and device of ``like``."""
+    height, width = size
+    if (
+        like.device.type == "cpu"
+        and type(like) is Tensor
+        and like.size(0) * channels * height * width * like.element_size() >= LEAST_KEPT
+        and not _by_pytorch
+        and not torch.are_deterministic_algorithms_enabled()  # which may fill what is empty
+        and extension.load()[0]
+    ):
+        return extension.kernels().empty_map(like, channels, height, width)
     return torch.empty(
         (like.size(0), channels, *size),
         dtype=like.dtype,
         device=like.device,
         memory_format=torch.channels_last,
     )
+
+
+@contextlib.contextmanager
+def allocated_by_pytorch() -> Iterator[None]:
+    """Within this context PyTorch allocates all maps: it counts them, and can be traced."""
+    global _by_pytorch
+    before, _by_pytorch = _by_pytorch, True
+    try:
+        yield
+    finally:
+        _by_pytorch = before
+
+
+def kept_map_memory() -> int:
+    """Bytes that are kept for the next maps on the CPU."""
+    return extension.kernels().kept_map_memory() if extension.load()[0] else 0
+
+
+def release_map_memory() -> None:
+    """Gives what is kept for the next maps back to the system."""
+    if extension.load()[0]:
+        extension.kernels().release_map_memory()
 
 
 def empty_vectors(scale: Tensor) -> tuple[Tensor, Tensor]:

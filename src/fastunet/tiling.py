@@ -282,7 +282,8 @@ def class_of(logits: Tensor) -> Tensor:
 
 
 def trim_memory() -> None:
-    """glibc keeps what is freed in pieces below 32 MB, and more of it with each tile."""
+    """glibc keeps what is freed in pieces below 32 MB, and more of it with each tile; what is kept
+    for the next tile's maps stays."""
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError):  # another C library
             ctypes.CDLL(None).malloc_trim(0)

@@ -302,6 +302,8 @@ def steps(model, x, count=2):
         losses.append(loss.item())
     return losses
 
+# As under ulimit, before memory for maps is reserved.
+resource.setrlimit(resource.RLIMIT_AS, (2**40, -1))
 torch.manual_seed(0)
 kind, policy = sys.argv[1:]
 model = UNet(3, 2, base_channels=16) if kind == "UNet" else FastUNet(3, 2, base_channels=16)

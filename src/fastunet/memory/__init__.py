@@ -1,5 +1,7 @@
 """How much memory a step takes, how little it can take, and where it goes. All figures in bytes."""
 
+from fastunet.maps import kept_map_memory, release_map_memory
+
 from .budget import available, format_size, parse_size
 from .counters import Allocations, measure_allocations, saved_for_backward
 from .pictures import draw
@@ -15,9 +17,11 @@ __all__ = [
     "draw",
     "fit",
     "format_size",
+    "kept_map_memory",
     "measure_allocations",
     "parse_size",
     "plan",
     "profile",
+    "release_map_memory",
     "saved_for_backward",
 ]

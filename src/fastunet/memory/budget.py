@@ -7,6 +7,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from fastunet.maps import kept_map_memory
+
 UNITS = {
     "": 1,
     "B": 1,
@@ -45,7 +47,8 @@ def available(device: torch.device | str) -> int:
 
     On CUDA what the driver has and what PyTorch's cache holds unused, within
     ``set_per_process_memory_fraction``. On the CPU the system's memory without swap, within the
-    limits of the process (``ulimit -v`` and ``-d``) and of its control group (containers).
+    limits of the process (``ulimit -v`` and ``-d``) and of its control group (containers), and
+    what FastUNet keeps for its next maps.
 
     Raises:
         ValueError: for a device that is neither a CPU nor a CUDA device.
@@ -69,7 +72,7 @@ def available(device: torch.device | str) -> int:
             soft, _ = process.rlimit(limit)
             if soft != psutil.RLIM_INFINITY:
                 left.append(soft - used)
-    return max(0, min(left))
+    return max(0, min(left) + kept_map_memory())
 
 
 def control_group(root: Path = Path("/sys/fs/cgroup")) -> list[int]:

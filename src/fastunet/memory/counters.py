@@ -12,6 +12,8 @@ from torch._C._profiler import _EventType
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
+from fastunet.maps import allocated_by_pytorch
+
 
 class Allocations(NamedTuple):
     """What one call allocated, as ``measure_allocations`` returns it.
@@ -56,7 +58,8 @@ def measure_allocations(
 ) -> Allocations:
     """Runs ``function()`` and counts its allocations on ``device``, temporaries included.
 
-    On the CPU every event of PyTorch's allocator in the calling thread is counted, to the byte.
+    On the CPU every event of PyTorch's allocator in the calling thread is counted, to the byte;
+    it serves FastUNet's maps too meanwhile.
     Memory that was there before and is freed by the call is not subtracted, and memory that an
     extension takes by itself (``malloc``, ``std::vector``) is not seen. On CUDA the figures are
     the caching allocator's, relative to before the call; its peak statistics are reset.
@@ -70,7 +73,10 @@ def measure_allocations(
     if device.type != "cpu":
         raise ValueError(f"device must be a cpu or cuda device, got {str(device)!r}")
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with (
+        allocated_by_pytorch(),
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
+    ):
         result = function()
     live: dict[int, int] = {}  # address -> bytes
     total = peak = 0
