@@ -112,11 +112,11 @@ inline void multiply(const float* v, int64_t v_block, const float* u, int64_t K,
       multiply_blocks<1>(v, v_block, u + n * K * kBlock, K, m + n * m_block, m_block, tiles, add);
 }
 
-// One block of inputs by B blocks of outputs; du: [16 inputs][du_row].
+// `inputs` of one block (or some more) by B blocks of outputs; du: [16 inputs][du_row].
 template <int B>
-void correlate_blocks(const float* v, const float* d, int64_t d_block, int64_t tiles, float* du,
-                      int64_t du_row, bool add) {
-  for (int i = 0; i < kBlock; i += kGradRows) {
+void correlate_blocks(const float* v, int64_t inputs, const float* d, int64_t d_block,
+                      int64_t tiles, float* du, int64_t du_row, bool add) {
+  for (int64_t i = 0; i < inputs; i += kGradRows) {
     Sums<kGradRows, B> sums;
     if (add) sums.load_from(du + i * du_row, du_row, kBlock);
     for (int64_t t = 0; t < tiles; ++t)
@@ -125,14 +125,15 @@ void correlate_blocks(const float* v, const float* d, int64_t d_block, int64_t t
   }
 }
 
-inline void correlate(const float* v, const float* d, int64_t d_block, int64_t blocks,
-                      int64_t tiles, float* du, int64_t du_row, bool add) {
+inline void correlate(const float* v, int64_t inputs, const float* d, int64_t d_block,
+                      int64_t blocks, int64_t tiles, float* du, int64_t du_row, bool add) {
   int64_t n = 0;
   for (; n + kBlocks <= blocks; n += kBlocks)
-    correlate_blocks<kBlocks>(v, d + n * d_block, d_block, tiles, du + n * kBlock, du_row, add);
+    correlate_blocks<kBlocks>(v, inputs, d + n * d_block, d_block, tiles, du + n * kBlock, du_row,
+                              add);
   if constexpr (kBlocks > 1)
     if (n < blocks)
-      correlate_blocks<1>(v, d + n * d_block, d_block, tiles, du + n * kBlock, du_row, add);
+      correlate_blocks<1>(v, inputs, d + n * d_block, d_block, tiles, du + n * kBlock, du_row, add);
 }
 
 }  // namespace fastunet

@@ -165,16 +165,14 @@ class Convolution {
           reader_.read(tiling.group(first + g), b, b + 1, v, offsets[g], scratch);
         }
       });
-      // A task: kBlocks blocks of outputs by about 128 tiles. All outputs of the same tiles follow
-      // each other, so that threads mostly read what they transformed themselves: cores that share
-      // no cache pass it on slowly.
+      // A task: kBlocks blocks of outputs by about 128 tiles.
       const int64_t per_range = std::max<int64_t>(1, 128 / tiling.max_tiles());
       const int64_t ranges = ceil_div(last - first, per_range);
       const int64_t columns = ceil_div(outputs, kBlocks);
       torch::stable::parallel_for(0, columns * ranges, 1, [&](int64_t begin, int64_t end) {
         for (int64_t task = begin; task < end; ++task) {
-          const int64_t block = task % columns * kBlocks;
-          const int64_t g0 = task / columns * per_range;
+          const int64_t block = task / ranges * kBlocks;
+          const int64_t g0 = task % ranges * per_range;
           const int64_t g1 = std::min(g0 + per_range, last - first);
           outputs_of(tiling, v, offsets, first, g0, g1, block,
                      std::min<int64_t>(block + kBlocks, outputs));
@@ -382,10 +380,11 @@ class WeightGrad {
   void multiply(const Panels& v, const Panels& d, int64_t i, int64_t o, float* product, bool add,
                 Prefetch& lines) const {
     const int64_t count = std::min<int64_t>(kBlocks, d.blocks - o);
+    const int64_t inputs = std::min<int64_t>(kBlock, x_.C - i * kBlock);
     for (int p = 0; p < kPoints; ++p) {
       lines.advance(kPoints * pairs());
-      correlate(v.at(p, i), d.at(p, o), d.block(), count, v.tiles, product + p * kProductPlane,
-                kProductRow, add);
+      correlate(v.at(p, i), inputs, d.at(p, o), d.block(), count, v.tiles,
+                product + p * kProductPlane, kProductRow, add);
     }
   }
 

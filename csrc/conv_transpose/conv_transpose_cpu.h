@@ -188,8 +188,10 @@ class ConvTranspose {
       alignas(64) float du[kBlock * kRow];
       for (; task < end; ++task) {
         const int64_t i = task / ob_, o = task % ob_;
-        correlate(v + i * stride, d + o * stride, ob_ * stride, kWindow, pixels, du, kRow, false);
-        for (int64_t k = 0; k < std::min<int64_t>(kBlock, I_ - i * kBlock); ++k)
+        const int64_t inputs = std::min<int64_t>(kBlock, I_ - i * kBlock);
+        correlate(v + i * stride, inputs, d + o * stride, ob_ * stride, kWindow, pixels, du, kRow,
+                  false);
+        for (int64_t k = 0; k < inputs; ++k)
           for (int64_t c = 0; c < std::min<int64_t>(kBlock, O_ - o * kBlock); ++c)
             for (int t = 0; t < kWindow; ++t)
               dweight[((i * kBlock + k) * O_ + o * kBlock + c) * kWindow + t] +=

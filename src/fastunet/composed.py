@@ -246,4 +246,6 @@ def like_parameter(grad: Tensor | None, parameter: Tensor) -> Tensor | None:
 
 
 def as_dtype(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if t is None else t.to(dtype).contiguous()
+    if t is None or (t.dtype == dtype and t.is_contiguous()):  # calls cost more than looking
+        return t
+    return t.to(dtype).contiguous()

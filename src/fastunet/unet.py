@@ -363,9 +363,12 @@ def update_running_statistics(
     if momentum is None:
         assert norm.num_batches_tracked is not None
         momentum = 1.0 / float(norm.num_batches_tracked)
-    unbiased = var.detach() * (count / (count - 1))
-    norm.running_mean.lerp_(mean.detach().to(norm.running_mean.dtype), momentum)
-    norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), momentum)
+    unbiased = var * (count / (count - 1))
+    for running, of_batch in ((norm.running_mean, mean), (norm.running_var, unbiased)):
+        # A call that changes nothing costs as much as one that does.
+        running.lerp_(
+            of_batch if of_batch.dtype == running.dtype else of_batch.to(running.dtype), momentum
+        )
 
 
 def output_size(x: Activation | Concat, conv: nn.Conv2d) -> torch.Size:

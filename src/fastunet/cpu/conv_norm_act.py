@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastunet.activation import Activation
 from fastunet.compiled import NO_GRADS, Grads, empty_grads, empty_map_grad, flat
+from fastunet.composed import as_dtype
 from fastunet.extension import kernels
 from fastunet.maps import empty_map
 
@@ -79,7 +80,7 @@ def conv_norm_act_folded(
 
 def vectors(bias: Tensor | None, norm: "Norm") -> list[Tensor | None]:
     """bias, gamma, beta and the running statistics, as the kernels take them."""
-    return [None if t is None else t.float().contiguous() for t in (bias, *norm[1:5])]
+    return [as_dtype(t, torch.float32) for t in (bias, *norm[1:5])]
 
 
 def conv_norm_act_bwd(
@@ -133,7 +134,8 @@ def conv_norm_act_bwd(
 
 def as_kernel_weight(weight: Tensor) -> Tensor:
     """fp32, taps and input channels adjacent: so a slice of a contiguous weight is not copied."""
-    weight = weight.float()
+    if weight.dtype != torch.float32:
+        weight = weight.float()
     return weight if weight.stride()[1:] == (9, 3, 1) else weight.contiguous()
 
 
