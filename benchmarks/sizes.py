@@ -42,6 +42,14 @@ def expected(base: int, per_pixel: dict[int, float]) -> float:
     return per_pixel[low] + share * (per_pixel[high] - per_pixel[low])
 
 
+def squares(bases: tuple[int, ...], phase: str, rounds: int) -> dict[int, float]:
+    """Seconds per pixel of a 256x256 image, all widths in turn."""
+    networks = {str(base): Network(base, True, 256, 256) for base in bases}
+    works = {name: make(n, phase, FASTUNET, Setting()).run for name, n in networks.items()}
+    times = interleave(works, 3 * rounds, 0.05, "cpu")
+    return {int(name): quantile(values, 0.5) / (256 * 256) for name, values in times.items()}
+
+
 def measure(cases: list[Network], phase: str, rounds: int) -> dict[Network, dict[str, float]]:
     """Medians of seconds, by threads: each case beside the 256x256 image of its width."""
     found: dict[Network, dict[str, float]] = {}
@@ -63,23 +71,22 @@ def measure(cases: list[Network], phase: str, rounds: int) -> dict[Network, dict
     return found
 
 
-def rows(found: dict[Network, dict[str, float]], phase: str) -> list[dict[str, Any]]:
-    bases = {
-        network.base: times["network"] / pixels(network)
-        for network, times in found.items()
-        if network == Network(network.base, True, 256, 256)
-    }
+def rows(
+    found: dict[Network, dict[str, float]], of_widths: dict[int, float], phase: str
+) -> list[dict[str, Any]]:
+    """of_widths: seconds per pixel of a 256x256 image."""
     table = []
     for network, times in found.items():
-        drift = times["basis"] / (bases[network.base] * 256 * 256)  # of the machine, since then
         per_pixel = times["network"] / pixels(network)
+        of_basis = times["basis"] / (256 * 256)
+        of_width = of_widths[network.base] / expected(network.base, of_widths)
         table.append(
             {
                 "name": network.name,
                 "phase": phase,
                 "seconds": times["network"],
                 "ns_per_pixel": per_pixel * 1e9,
-                "ratio": per_pixel / (expected(network.base, bases) * drift),
+                "ratio": per_pixel / of_basis * of_width,
                 "speedup_of_threads": times.get("one thread", 0) / times["network"] or None,
             }
         )
@@ -93,10 +100,11 @@ def rows(found: dict[Network, dict[str, float]], phase: str) -> list[dict[str, A
 def main(rounds: int, bases: str, output: Path | None) -> None:
     """Time per pixel at other sizes, over that at 256x256 (1: none is lost)."""
     about = results.context("cpu")
-    cases = networks(tuple(int(base) for base in bases.split(",")))
+    widths = tuple(int(base) for base in bases.split(","))
+    cases = networks(widths)
     table = []
     for phase in ("forward", "step"):
-        table += rows(measure(cases, phase, rounds), phase)
+        table += rows(measure(cases, phase, rounds), squares(widths, phase, rounds), phase)
     click.echo(tabulate(table, headers="keys", floatfmt=".3g"))
     path = output or results.default_path("cpu", "sizes")
     results.write(path, {**about, "dtype": "float32", "rounds": rounds, "results": table})
