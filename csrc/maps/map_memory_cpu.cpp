@@ -3,6 +3,7 @@
 #include "common/tensors.h"
 
 #ifdef __linux__
+#include <pthread.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <unistd.h>
@@ -53,6 +54,9 @@ MapMemory::MapMemory() {
   madvise(at, bytes, MADV_HUGEPAGE);
   begin_ = end_ = reinterpret_cast<char*>(round_up(reinterpret_cast<size_t>(at), kHugePage));
   limit_ = begin_ + 2 * all;
+  // A process that forks while another thread is in here must not leave its child a held lock.
+  pthread_atfork([] { instance().mutex_.lock(); }, [] { instance().mutex_.unlock(); },
+                 [] { instance().mutex_.unlock(); });
 #endif
 }
 

@@ -163,6 +163,39 @@ def test_threads():
     assert not wrong
 
 
+FORKS = """
+import os, signal, threading
+import torch
+from fastunet.maps import empty_map
+
+def make():
+    return empty_map(torch.empty(1, 1, 1, 1), 16, (64, 64))
+
+def work():
+    while not done.is_set():
+        make()
+
+signal.alarm(60)
+done = threading.Event()
+threads = [threading.Thread(target=work) for _ in range(3)]
+for thread in threads:
+    thread.start()
+for _ in range(200):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(10)
+        make()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+done.set()
+"""
+
+
+def test_forks():
+    """No child finds the lock held by a thread that it does not have."""
+    subprocess.run([sys.executable, "-c", FORKS], check=True, capture_output=True)
+
+
 GROWTH = """
 import resource
 import torch
