@@ -17,6 +17,7 @@ from networks import (
     channels_last,
     distances,
     double_pair,
+    end_process,
     pair,
     random,
     step,
@@ -531,6 +532,8 @@ def work(rank, world, path, norm, policy):
     F.mse_loss(model(x[rank::world]), torch.ones(2 // world, 2, 13, 18).double()).backward()
     if rank == 0:
         torch.save({name: p.grad for name, p in fast.named_parameters()}, f"{path}.grads")
+    if world > 1:
+        end_process()
     dist.destroy_process_group()
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from networks import random
+from networks import end_process, random
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -56,9 +56,7 @@ def process(rank, folder, backend, options, policy):
             wrapped.zero_grad()
             logits = step(wrapped, part, share=2.0)
     torch.save(found(wrapped, logits), f"{folder}/{rank}.pt")
-    # Before the group, as otherwise its end waits for a thread that waits for Python's lock.
-    del wrapped, logits
-    dist.destroy_process_group()
+    end_process()
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import sys
 
 import torch
 import torch.distributed as dist
+from networks import end_process
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -46,7 +47,7 @@ def gradients(rank: int, environment: dict[str, str], out: str) -> None:
         found[norm] = {name: p.grad for name, p in model.named_parameters()}
     if rank == 0:
         torch.save(found, out)
-    dist.destroy_process_group()
+    end_process()
 
 
 def frozen(norm: str) -> FastUNet:
