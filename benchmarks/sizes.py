@@ -23,6 +23,11 @@ BATCHES = (1, 8)
 BETWEEN = {24: (16, 32), 48: (32, 64)}  # widths, and their neighbours
 
 
+def square(base: int) -> Network:
+    """What the others are compared with."""
+    return Network(base, True, 256, 256)
+
+
 def networks(bases: tuple[int, ...]) -> list[Network]:
     sizes = [(256, 256, 1), *((h, w, n) for n in BATCHES for h, w in SIZES), (256, 256, 8)]
     return [Network(base, True, h, w, n) for base in bases for h, w, n in sizes]
@@ -44,10 +49,9 @@ def expected(base: int, per_pixel: dict[int, float]) -> float:
 
 def squares(bases: tuple[int, ...], phase: str, rounds: int) -> dict[int, float]:
     """Seconds per pixel of a 256x256 image, all widths in turn."""
-    networks = {str(base): Network(base, True, 256, 256) for base in bases}
-    works = {name: make(n, phase, FASTUNET, Setting()).run for name, n in networks.items()}
+    works = {str(base): make(square(base), phase, FASTUNET, Setting()).run for base in bases}
     times = interleave(works, 3 * rounds, 0.05, "cpu")
-    return {int(name): quantile(values, 0.5) / (256 * 256) for name, values in times.items()}
+    return {b: quantile(times[str(b)], 0.5) / pixels(square(b)) for b in bases}
 
 
 def measure(cases: list[Network], phase: str, rounds: int) -> dict[Network, dict[str, float]]:
@@ -55,7 +59,7 @@ def measure(cases: list[Network], phase: str, rounds: int) -> dict[Network, dict
     found: dict[Network, dict[str, float]] = {}
     threads = torch.get_num_threads()
     for network in tqdm(cases, unit="case", desc=phase, disable=None):
-        basis = Network(network.base, True, 256, 256)
+        basis = square(network.base)
         works = {
             "network": make(network, phase, FASTUNET, Setting()).run,
             "basis": make(basis, phase, FASTUNET, Setting()).run,
@@ -78,7 +82,7 @@ def rows(
     table = []
     for network, times in found.items():
         per_pixel = times["network"] / pixels(network)
-        of_basis = times["basis"] / (256 * 256)
+        of_basis = times["basis"] / pixels(square(network.base))
         of_width = of_widths[network.base] / expected(network.base, of_widths)
         table.append(
             {

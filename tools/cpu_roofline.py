@@ -14,7 +14,7 @@ LANES = 16  # of fp32
 # Instructions of one application of a transform (csrc/conv_norm_act/winograd.h), by the tile's
 # side; a multiplication and an addition are one.
 INPUT, OUTPUT = {4: 14, 6: 26}, {4: 14, 6: 20}
-GRAD, WEIGHT_GRAD = {4: 13, 6: 18}, {4: 12, 6: 16}
+GRAD = {4: 13, 6: 18}
 LARGE_MAP = 96 * 96
 
 

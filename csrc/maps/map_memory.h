@@ -37,7 +37,7 @@ class MapMemory {
   using Blocks = std::map<char*, Block>;
 
   MapMemory();
-  bool grow(size_t bytes);
+  Blocks::iterator grow(size_t bytes);
   Blocks::iterator merge(Blocks::iterator at);
   size_t free_bytes() const;
   void release_free();

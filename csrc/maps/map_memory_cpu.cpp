@@ -64,17 +64,12 @@ void* MapMemory::take(size_t bytes) {
   bytes = round_up(bytes, kLine) + kApart;
   const std::lock_guard<std::mutex> lock(mutex_);
   auto best = blocks_.end();
-  const auto look = [&] {
-    for (auto it = blocks_.begin(); it != blocks_.end(); ++it)
-      if (!it->second.used && it->second.bytes >= bytes &&
-          (best == blocks_.end() || it->second.bytes < best->second.bytes))
-        best = it;
-  };
-  look();
-  if (best == blocks_.end()) {
-    if (!grow(bytes)) return nullptr;
-    look();
-  }
+  for (auto it = blocks_.begin(); it != blocks_.end(); ++it)
+    if (!it->second.used && it->second.bytes >= bytes &&
+        (best == blocks_.end() || it->second.bytes < best->second.bytes))
+      best = it;
+  if (best == blocks_.end()) best = grow(bytes);
+  if (best == blocks_.end()) return nullptr;
   Block& block = best->second;
   if (block.bytes > bytes) {
     blocks_.emplace_hint(std::next(best), best->first + bytes,
@@ -100,20 +95,19 @@ void MapMemory::give_back(void* data) {
   merge(it);
 }
 
-// Makes a block of what is free at the end, of `bytes` at least.
-bool MapMemory::grow(size_t bytes) {
+// A free block at the end, of `bytes` at least; none where there is no more memory.
+MapMemory::Blocks::iterator MapMemory::grow(size_t bytes) {
 #ifdef __linux__
   size_t there = 0;
   if (!blocks_.empty() && !blocks_.rbegin()->second.used) there = blocks_.rbegin()->second.bytes;
   const size_t more = round_up(bytes - there, kHugePage);
-  if (more > static_cast<size_t>(limit_ - end_)) return false;
-  if (mprotect(end_, more, PROT_READ | PROT_WRITE) != 0) return false;
+  if (more > static_cast<size_t>(limit_ - end_)) return blocks_.end();
+  if (mprotect(end_, more, PROT_READ | PROT_WRITE) != 0) return blocks_.end();
   const auto added = blocks_.emplace_hint(blocks_.end(), end_, Block{more, false, false});
   end_ += more;
-  merge(added);
-  return true;
+  return merge(added);
 #else
-  return false;
+  return blocks_.end();
 #endif
 }
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastunet.activation import Activation
 from fastunet.compiled import NO_GRADS, empty_grads, empty_map_grad, flat
+from fastunet.composed import as_dtype
 from fastunet.extension import kernels
 from fastunet.maps import channel_adjacent, empty_map
 
@@ -14,7 +15,7 @@ from fastunet.maps import channel_adjacent, empty_map
 def conv_transpose(source: Activation, weight: Tensor, bias: Tensor | None) -> Tensor:
     height, width = source.size
     y = empty_map(source.y, weight.size(1), (2 * height, 2 * width))
-    bias = None if bias is None else bias.float().contiguous()
+    bias = as_dtype(bias, torch.float32)
     kernels().conv_transpose(y, *flat(source), weight.float().contiguous(), bias)
     return y
 
