@@ -6,6 +6,7 @@
 #include "common/huge_pages.h"
 #include "common/source.h"
 #include "common/tensors.h"
+#include "program/program.h"
 
 namespace fastunet {
 
@@ -78,9 +79,11 @@ void dispatch_fp32_arithmetic(ScalarType dtype, F f) {
   }
 }
 
-// Registers `f` as the CPU implementation of the schema, in this build's own library.
-#define FASTUNET_KERNEL(name, schema)                                   \
-  STABLE_TORCH_LIBRARY_FRAGMENT(FASTUNET_LIBRARY, m) { m.def(schema); } \
-  STABLE_TORCH_LIBRARY_IMPL(FASTUNET_LIBRARY, CPU, m) { m.impl(#name, TORCH_BOX(&name)); }
+// Registers `name` as the CPU implementation of the schema, in this build's own library, and for
+// programs.
+#define FASTUNET_KERNEL(name, schema)                                                      \
+  STABLE_TORCH_LIBRARY_FRAGMENT(FASTUNET_LIBRARY, m) { m.def(schema); }                    \
+  STABLE_TORCH_LIBRARY_IMPL(FASTUNET_LIBRARY, CPU, m) { m.impl(#name, TORCH_BOX(&name)); } \
+  static const ProgramKernel program_kernel_##name(#name, TORCH_BOX(&name));
 
 }  // namespace fastunet

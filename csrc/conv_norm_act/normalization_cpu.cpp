@@ -71,8 +71,32 @@ void normalization_bwd(Tensor out, Tensor dgamma, Tensor dbeta, const MaybeTenso
   });
 }
 
+// What BatchNorm keeps for evaluation, moved by a step towards a batch's statistics.
+void running_statistics(Tensor mean, Tensor var, const MaybeTensor batches, const Tensor of_mean,
+                        const Tensor of_var, double unbiased, double momentum) {
+  const int64_t C = mean.numel();
+  const auto move = [&](Tensor& to, const Tensor& from, float factor, const char* name) {
+    float* value = rows<float>(to, C, name);
+    const float* target = rows<const float>(from, C, name);
+    const float step = static_cast<float>(momentum);
+    for (int64_t c = 0; c < C; ++c) {
+      const float goal = target[c] * factor, way = goal - value[c];
+      value[c] = step < 0.5f ? value[c] + step * way : goal - way * (1 - step);  // as torch.lerp
+    }
+  };
+  move(mean, of_mean, 1, "mean");
+  move(var, of_var, static_cast<float>(unbiased), "var");
+  if (!batches) return;
+  require(batches->numel() == 1 && batches->scalar_type() == ScalarType::Long,
+          "batches must be one int64");
+  ++*static_cast<int64_t*>(batches->data_ptr());
+}
+
 }  // namespace
 
+FASTUNET_KERNEL(running_statistics,
+                "running_statistics(Tensor(a!) mean, Tensor(b!) var, Tensor(c!)? batches, "
+                "Tensor of_mean, Tensor of_var, float unbiased, float momentum) -> ()")
 FASTUNET_KERNEL(normalization,
                 "normalization(Tensor y, Tensor? bias, Tensor? gamma, Tensor? beta, int groups, "
                 "float eps, Tensor(a!) center, Tensor(b!) scale, Tensor(c!) shift, "

@@ -1,22 +1,23 @@
-"""Inference as a recording: on GPUs a CUDA graph, on CPUs the kernels' calls one after the other.
+"""Inference as a recording: on GPUs a CUDA graph, on CPUs a program of kernel calls.
 
-On GPUs nothing of Python is left, weights are packed and norms folded once. On CPUs what is left is
-a function that calls kernels, in memory of its own: the model's modules, checks and choices are not
-run again. Python is slow there where a kernel has just taken the caches for its maps.
+Nothing of Python is left between kernels, nor any choice or check of the model's. On GPUs weights
+are packed and norms folded once.
 """
 
 import contextlib
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import backends
-from .maps import allocated_by_pytorch
-from .ops._register import implementations_by_operator
 from .prepared import keeping
+from .program import Layout
+from .recording import Recording, in_layout
 
+# What does it, and whether what was recorded is still right.
+Replay = tuple[Callable[[Tensor], Tensor], Callable[[], bool]]
 WARM_UP = 3  # runs before recording: kernels compile, libraries choose algorithms
 
 
@@ -24,9 +25,10 @@ class Captured:
     """A model's inference at one input size, as ``capture`` returns it.
 
     Call it with a tensor like the example, from one thread at a time; it returns the logits, in
-    memory of their own. It runs on the backend that was asked for when it was made, and records
-    again where a parameter or buffer has changed since, which it sees by PyTorch's version
-    counters; a change through ``.data`` has none: call ``refresh()`` after it.
+    memory of their own. It runs on the backend that was asked for when it was made. On a GPU it
+    records again where a parameter or buffer has changed since, which it sees by PyTorch's version
+    counters; a change through ``.data`` has none: call ``refresh()`` after it. On a CPU it reads
+    them as they are, and records again where a module has changed.
     """
 
     def __init__(self, model: nn.Module, example: Tensor) -> None:
@@ -42,52 +44,53 @@ class Captured:
 
     def refresh(self) -> None:
         """Records the model as it is now."""
-        self.state = self.versions()
         self.kept: dict[Hashable, Any] = {}
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.no_grad())
-            stack.enter_context(backends.backend(self.backend))
-            stack.enter_context(keeping(self.kept))
-            self.replay = self.graph() if self.device == "cuda" else self.trace()
+        with self.conditions(), keeping(self.kept):
+            self.replay, self.holds = self.graph() if self.device == "cuda" else self.program()
 
-    def trace(self) -> Callable[[Tensor], Tensor]:
-        """What the operators and the rest of the model call, as a function."""
-        from torch.fx.experimental.proxy_tensor import make_fx  # takes its time
+    @contextlib.contextmanager
+    def conditions(self) -> Iterator[None]:
+        """Under which it was captured."""
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            backends.backend(self.backend),
+            torch.autocast(self.device, self.dtype, enabled=self.autocast, cache_enabled=False),
+        ):
+            yield
 
-        operators = implementations_by_operator()
-        with allocated_by_pytorch():
-            calls = make_fx(lambda x: self.run(x), decomposition_table=operators)(self.input)
-        keep_memory(calls)
-        strides = self.input.stride()
+    def program(self) -> Replay:
+        recording = Recording(self.model, self.input)
+        recording.infer(self.model, recording.given(self.input))
+        layout = Layout.of(self.input)
 
         def replay(x: Tensor) -> Tensor:
-            return calls(x if x.stride() == strides else torch.empty_like(self.input).copy_(x))
+            if recording.why_not:  # something else than kernels is called
+                with self.conditions():
+                    return self.model(x)
+            return recording.infer(self.model, recording.given(in_layout(x, layout)))
 
-        return replay
+        return replay, lambda: recording.holds(self.input)
 
-    def graph(self) -> Callable[[Tensor], Tensor]:
+    def graph(self) -> Replay:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self.input.device):
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(WARM_UP):
-                    self.run(self.input)
+                    self.model(self.input)
             torch.cuda.current_stream().wait_stream(side)
             with torch.cuda.graph(graph):
-                output = self.run(self.input)
+                output = self.model(self.input)
 
         def replay(x: Tensor) -> Tensor:
             self.input.copy_(x)
             graph.replay()
             return output.clone()
 
-        return replay
-
-    def run(self, x: Tensor) -> Tensor:
-        with torch.autocast(self.device, self.dtype, enabled=self.autocast, cache_enabled=False):
-            return self.model(x)
+        state = self.versions()
+        return replay, lambda: self.versions() == state
 
     def versions(self) -> list[tuple[int, int]]:
         tensors = (*self.model.parameters(), *self.model.buffers())
@@ -101,53 +104,17 @@ class Captured:
                 raise ValueError(
                     f"a captured model's input must have the example's {what} {expected}, got {got}"
                 )
-        if self.versions() != self.state:
+        if not self.holds():
             self.refresh()
         return self.replay(x)
-
-
-def keep_memory(calls: torch.fx.GraphModule) -> None:
-    """Gives what the calls allocate, but for their result, memory that is kept between runs: where
-    one is not read any more, the next of its size is written. Fresh memory costs a page fault per
-    page, which can take as long as the work."""
-    graph = calls.graph
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    last: dict[torch.fx.Node, int] = {}
-    for node in reversed(graph.nodes):
-        # What a user returns may be a view.
-        last[node] = max((max(order[u], last[u]) for u in node.users), default=0)
-    allocations = [n for n in graph.nodes if n.target in ALLOCATIONS and last[n] < len(order) - 1]
-    buffers: list[tuple[Tensor, int]] = []  # and until when it is in use
-    for node in allocations:
-        like = node.meta["val"]
-        free = [i for i, (b, until) in enumerate(buffers) if until < order[node] and same(b, like)]
-        i = free[0] if free else len(buffers)
-        buffer = (
-            buffers[i][0]
-            if free
-            else torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
-        )
-        buffers[i : i + 1] = [(buffer, last[node])]
-        calls.register_buffer(f"buffer{i}", buffer, persistent=False)
-        with graph.inserting_before(node):
-            node.replace_all_uses_with(graph.get_attr(f"buffer{i}"))
-        graph.erase_node(node)
-    calls.recompile()
-
-
-ALLOCATIONS = (torch.ops.aten.empty.memory_format, torch.ops.aten.new_empty.default)
-
-
-def same(one: Tensor, other: Tensor) -> bool:
-    return (one.dtype, one.shape, one.stride()) == (other.dtype, other.shape, other.stride())
 
 
 def capture(model: nn.Module, example: Tensor) -> Captured:
     """Records the model's inference, for inputs like ``example``.
 
-    On a GPU as a CUDA graph, on a CPU as the row of kernel calls that it comes down to. Under the
-    caller's autocast. On GPUs the kernels' weights are packed and their norms folded once, not at
-    each call. Forward hooks run while recording, not afterwards.
+    On a GPU as a CUDA graph: weights are packed and norms folded once, not at each call. On a CPU
+    as a program of the kernel calls that it comes down to; where it calls anything else, it runs as
+    always. Under the caller's autocast. Forward hooks may run while recording only.
 
     Args:
         model: in evaluation mode; not moved or converted afterwards.

@@ -51,6 +51,10 @@ def allocated_by_pytorch() -> Iterator[None]:
         _by_pytorch = before
 
 
+def are_allocated_by_pytorch() -> bool:
+    return _by_pytorch
+
+
 def kept_map_memory() -> int:
     """Bytes that are kept for the next maps on the CPU."""
     return extension.kernels().kept_map_memory() if extension.load()[0] else 0

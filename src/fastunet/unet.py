@@ -18,7 +18,7 @@ from torch.nn.functional import (  # type: ignore[attr-defined]
     _verify_spatial_size,
 )
 
-from fastunet import reference
+from fastunet import backends, recording, reference
 from fastunet.activation import (
     BILINEAR,
     BILINEAR_ALIGN_CORNERS,
@@ -103,6 +103,12 @@ class FastUNet(reference.UNet):
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
+        if torch.compiler.is_compiling():
+            return self.layers(x)
+        return recording.run(self, x)
+
+    def layers(self, x: Tensor) -> Tensor:
+        """The logits, layer by layer."""
         memory_format = suggested_format(x)
         if any(
             suggested_format(p) == torch.channels_last
@@ -112,6 +118,11 @@ class FastUNet(reference.UNet):
             memory_format = torch.channels_last
         with self.forgetting(x):
             return materialize(self.levels(Activation.of(x, memory_format)))
+
+    def is_plain(self) -> bool:
+        """Whether nobody can see from within that the layers are called."""
+        own = all(getattr(type(self), name) is getattr(FastUNet, name) for name in OWN)
+        return own and all(is_plain(m, *PLAIN) for m in self.modules() if m is not self)
 
     def call(self, block, *inputs):
         return call(block, *inputs)
@@ -193,6 +204,21 @@ def call(block: nn.Module, *inputs):
 
 
 FAST_BLOCKS = (DoubleConv, Down, Up, OutConv)
+PLAIN = (
+    *FAST_BLOCKS,
+    nn.Sequential,
+    nn.Conv2d,
+    nn.ConvTranspose2d,
+    nn.BatchNorm2d,
+    nn.InstanceNorm2d,
+    nn.GroupNorm,
+    nn.ReLU,
+    nn.LeakyReLU,
+    nn.MaxPool2d,
+    nn.Upsample,
+)
+# Of FastUNet's methods, those that a forward pass goes through.
+OWN = ("layers", "levels", "run", "call", "forgetting", "forgotten", "forgotten_by")
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -354,6 +380,11 @@ def update_running_statistics(
     """What BatchNorm does in training, but not when a checkpoint recomputes the layer."""
     if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
         return
+    if type(mean) is Tensor and not torch.compiler.is_compiling():
+        kernels = backends.select(backends.requested(), "resample", mean)
+        move = getattr(kernels, "running_statistics", None)
+        if move is not None and move(norm, mean, var, count):
+            return
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
     empty = isinstance(count, int) and count == 0

@@ -13,7 +13,13 @@ from .conv_norm_act import (
 )
 from .conv_transpose import conv_transpose, conv_transpose_bwd
 from .head import head, head_bwd
-from .passes import normalization, normalization_bwd, resample, resample_bwd
+from .passes import (
+    normalization,
+    normalization_bwd,
+    resample,
+    resample_bwd,
+    running_statistics,
+)
 
 __all__ = [
     "conv_norm_act",
@@ -28,6 +34,7 @@ __all__ = [
     "normalization_bwd",
     "resample",
     "resample_bwd",
+    "running_statistics",
     "why_not",
 ]
 
