@@ -88,11 +88,16 @@ def by_program(model, x, monkeypatch):
     return not called
 
 
-def sums(a, b):
+def returned_term(a, b):
     first = a.clone()
-    second = first + b  # first is read again
+    return first, first + b
+
+
+def term_read_again(a, b):
+    first = a.clone()
+    second = first + b
     third = second + second
-    return first, third + first
+    return (third + first,)
 
 
 def chain(a, b):
@@ -108,7 +113,7 @@ def views(a, b):
     return made.view(-1)[3:7] + a.view(-1)[:4], made
 
 
-@pytest.mark.parametrize("work", [sums, chain, views])
+@pytest.mark.parametrize("work", [returned_term, term_read_again, chain, views])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_programs(work, dtype):
     inputs = [random(3, 37, dtype=torch.float32, seed=s).to(dtype) for s in range(2)]
