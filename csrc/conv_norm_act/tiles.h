@@ -2,6 +2,9 @@
 // pending work applied, how outputs are written.
 #pragma once
 
+#include <array>
+#include <cstring>
+
 #include "common/gemm.h"
 #include "common/prefetch.h"
 #include "conv_norm_act/normalization_cpu.h"
@@ -181,14 +184,17 @@ class Reader {
             float* scratch) const {
     const int64_t columns = g.columns * kTile + 2 * Transform::kHalo;
     float* z = scratch;
-    float* patch = scratch + kOut * columns * kBlock;
-    for (int64_t b = begin; b < end; ++b)
+    Patch patch{scratch + kOut * columns * kBlock, {}, 0};
+    for (int64_t b = begin; b < end; ++b) {
+      for (auto& rows : patch.rows) rows.low_row = rows.high_row = -1;
       for (int64_t r = 0; r < g.rows; ++r) {
         const int64_t h = g.h + r * kTile - Transform::kHalo, w = g.w - Transform::kHalo;
+        patch.made = r == 0 ? 0 : Transform::kIn - kTile;
         transform_block(b * kBlock, g.n, h, w, columns, z, patch);
         transform_rows<Transform>(z, columns, g.columns, v.at(0, b, tile + r * g.columns),
                                   v.plane());
       }
+    }
   }
 
   // Of the sources, for a tile in a row of tiles.
@@ -222,8 +228,17 @@ class Reader {
   }
 
  private:
+  // A row of tiles of one block of channels, resampled, [kIn][columns][16]. The last rows of one
+  // row of tiles are the first ones of the next, where there is a halo: `made` of them.
+  struct Patch {
+    float* data;
+    std::array<typename Resample<T>::Rows, 2> rows;  // of each source
+    int made;
+  };
+
   void transform_block(int64_t first, int64_t n, int64_t h, int64_t w, int64_t columns, float* z,
-                       float* patch) const {
+                       Patch& patch) const {
+    const int64_t row = columns * kBlock;
     const int64_t last = std::min(first + kBlock, in_.C);
     bool patched = false;
     int64_t begin = 0;  // of the source's channels
@@ -242,18 +257,19 @@ class Reader {
           if (p.load == Load::plain) return run(std::integral_constant<Load, Load::plain>{});
           return run(std::integral_constant<Load, Load::normalization_bwd>{});
         }
-        if (!patched && last - first < kBlock)
-          zero(patch, Transform::kIn * columns, kBlock, kBlock);
+        if (!patched && patch.made)
+          std::memmove(patch.data, patch.data + kTile * row, patch.made * row * sizeof(float));
+        else if (!patched && last - first < kBlock)
+          zero(patch.data, Transform::kIn * columns, kBlock, kBlock);
         patched = true;
         const Resample<T> resample(part, in_.H, in_.W, p.mode, p.taps);
-        typename Resample<T>::Rows rows;
-        for (int i = 0; i < Transform::kIn; ++i)
-          resample.row(n, h + i, w, w + columns, patch + i * columns * kBlock + c0 - first, kBlock,
-                       rows);
+        for (int i = patch.made; i < Transform::kIn; ++i)
+          resample.row(n, h + i, w, w + columns, patch.data + i * row + c0 - first, kBlock,
+                       patch.rows.at(&p - in_.sources.data()));
       }
       begin = end;
     }
-    transform_columns<Transform>(patch, columns, z);
+    transform_columns<Transform>(patch.data, columns, z);
   }
 
   const Input<T>& in_;

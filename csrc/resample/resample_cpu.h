@@ -5,7 +5,9 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <array>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "common/reduction.h"
@@ -92,7 +94,7 @@ class Resample {
 
   // Activated source rows, kept from one output row to the next as interpolation reads them twice.
   struct Rows {
-    std::vector<A> low, high;
+    std::vector<A> low, high, between;
     int64_t low_row = -1, high_row = -1;
   };
 
@@ -166,29 +168,37 @@ class Resample {
       std::swap(rows.low_row, rows.high_row);
     }
     fill(rows.low, rows.low_row, tap.low);
+    if (mode_ == Mode::nearest) return spread(rows.low.data(), first, w0, w1, out, stride);
     fill(rows.high, rows.high_row, tap.high);
-    interpolate(rows.low.data(), rows.high.data(), first, tap.weight, w0, w1, out, stride);
+    const A *low = rows.low.data(), *high = rows.high.data();
+    const A above = 1 - tap.weight, below = tap.weight;
+    rows.between.resize((last - first) * s_.y.C);
+    // Products as in PyTorch, not a + weight * (b - a): Inf - Inf would be NaN.
+    for_tiles(1, (last - first) * s_.y.C, [&](int64_t, int64_t, int64_t i, auto lanes) {
+      store(rows.between.data() + i, above * load(low + i, lanes) + below * load(high + i, lanes),
+            lanes);
+    });
+    spread(rows.between.data(), first, w0, w1, out, stride);
   }
 
+  // One row of source pixels, from `first` on, to pixels [w0, w1).
   template <class Out>
-  void interpolate(const A* low, const A* high, int64_t first, A weight, int64_t w0, int64_t w1,
-                   Out* out, int64_t stride) const {
+  void spread(const A* row, int64_t first, int64_t w0, int64_t w1, Out* out, int64_t stride) const {
     const int64_t C = s_.y.C;
+    const auto* taps = taps_.horizontal->taps.data() + w0;
     const bool copies = mode_ == Mode::nearest;
-    for (int64_t w = w0; w < w1; ++w, out += stride) {
-      const auto tap = taps_.horizontal->taps[w];
-      const int64_t i = (tap.low - first) * C, j = (tap.high - first) * C;
-      // Products as in PyTorch, not a + weight * (b - a): Inf - Inf would be NaN. Nearest reads
-      // one pixel, so 0 * Inf of its neighbours must not come in.
-      for_tiles(1, C, [&](int64_t, int64_t, int64_t c, auto lanes) {
-        const V a = load(low + i + c, lanes);
-        if (copies) return store(out + c, a, lanes);
-        const V b = load(high + i + c, lanes);
-        const V d = load(low + j + c, lanes), e = load(high + j + c, lanes);
-        const V left = (1 - weight) * a + weight * b, right = (1 - weight) * d + weight * e;
-        store(out + c, (1 - tap.weight) * left + tap.weight * right, lanes);
-      });
-    }
+    for_tiles(w1 - w0, C, [&](int64_t p, int64_t end, int64_t c, auto lanes) {
+      const A* from = row + c - first * C;
+      for (; p < end; ++p) {
+        const auto& tap = taps[p];
+        const V left = load(from + tap.low * C, lanes);
+        // Nearest reads one pixel, so 0 * Inf of its neighbours must not come in.
+        const V value = copies ? left
+                               : (1 - tap.weight) * left +
+                                     tap.weight * load(from + tap.high * C, lanes);
+        store(out + p * stride + c, value, lanes);
+      }
+    });
   }
 
   Source<T> s_;
@@ -307,25 +317,29 @@ class ResampleBwd {
               A* columns, A* out) const {
     const int64_t C = s_.y.C, W = s_.y.W;
     const int64_t w0 = place_.w_begin(), w1 = place_.w_end(dz_.W);
-    std::fill_n(columns, place_.W * C, A(0));
-    for (const auto& term : rows) {
-      if (!place_.has_row(term.out, dz_.H)) continue;
-      const T* dz = dz_.at(n, term.out + place_.top, w0 + place_.left);
-      for (int64_t w = w0; w < w1; ++w, dz += dz_.sw) {
-        A* column = columns + w * C;
-        for_tiles(1, C, [&](int64_t, int64_t, int64_t c, auto lanes) {
-          store(column + c, load(column + c, lanes) + term.weight * load(dz + c, lanes), lanes);
-        });
+    std::array<std::pair<const T*, A>, 8> terms;
+    size_t count = 0;
+    for (const auto& term : rows)
+      if (place_.has_row(term.out, dz_.H))
+        terms.at(count++) = {dz_.at(n, term.out + place_.top, w0 + place_.left), term.weight};
+    std::fill_n(columns, w0 * C, A(0));
+    std::fill_n(columns + w1 * C, (place_.W - w1) * C, A(0));
+    for_tiles(w1 - w0, C, [&](int64_t p, int64_t end, int64_t c, auto lanes) {
+      for (; p < end; ++p) {
+        V sum{};
+        for (size_t i = 0; i < count; ++i)
+          sum += terms[i].second * load(terms[i].first + p * dz_.sw + c, lanes);
+        store(columns + (w0 + p) * C + c, sum, lanes);
       }
-    }
-    for (int64_t w = 0; w < W; ++w, out += C) {
-      for_tiles(1, C, [&](int64_t, int64_t, int64_t c, auto lanes) {
+    });
+    for_tiles(W, C, [&](int64_t w, int64_t end, int64_t c, auto lanes) {
+      for (; w < end; ++w) {
         V sum{};
         for (const auto& term : horizontal.adjoint[w])
           sum += term.weight * load(columns + term.out * C + c, lanes);
-        store(out + c, sum, lanes);
-      });
-    }
+        store(out + w * C + c, sum, lanes);
+      }
+    });
   }
 
   struct Sums {
