@@ -9,6 +9,8 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # A copy of the package whose kernels check addresses and undefined behaviour.
 CHECKED := build/checked
+# All kernels, forward and backward, on maps with odd sides.
+CHECKED_SAMPLE := -n 2 tests/test_recording.py -k 'programs or (bits and train and None)'
 SANITIZERS := $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
 
 # Of make gpu: all, check, verify, sanitize, ceilings, passes, operators, networks or memory.
@@ -38,6 +40,7 @@ demo: $(READY)
 
 test: $(READY)
 	$(PYTEST)
+	FASTUNET_BUILDS=default $(MAKE) sanitize TESTS="$(CHECKED_SAMPLE)"
 
 test-all: $(READY)
 	$(PYTEST) -m "not gpu"

@@ -94,48 +94,71 @@ void conv_norm_act_folded(Tensor out, FASTUNET_SOURCE_PARAMETERS, const Tensor w
   });
 }
 
-struct SourceGradArguments {
+struct SourceGradTensors {
   MaybeTensor &dy, &dscale, &dshift, &dz;
 };
 
+// What flows back to one source.
 template <class T>
-void source_grad(const Input<T>& x, const Input<T>& grad, const Weight& weight, float* dweight,
-                 const Pending<T>& source, int64_t rows_of_source, const SourceGradArguments& to) {
-  const int64_t C = source.source.y.C, count = rows_of_source * C;
-  const Map<T> dy = output_map<T>(*to.dy, "dy of a source");
-  const Map<const T>& y = source.source.y;
-  float* dscale = rows<float>(to.dscale, count, "dscale of a source");
-  float* dshift = rows<float>(to.dshift, count, "dshift of a source");
-  require(dy.N == y.N && dy.C == C && dy.H == y.H && dy.W == y.W,
-          "dy of a source must have its shape");
-  const Map<T> dz = map_grad(source, dy, to.dz, grad.H, grad.W);
-  if (!to.dz && source.load == Load::affine) {
-    std::vector<float> sums;
-    with_tile(dy.H, dy.W, [&](auto tile) {
-      const SourceGrad<T, tile> output{source.source, dy, sums};
-      convolution_bwd<tile>(x, grad, weight, dweight, output);
-    });
-    const int64_t groups = static_cast<int64_t>(sums.size()) / (2 * C);
-    if (dscale) sum_chunks(sums.data(), groups, 2 * C, C, rows_of_source, dscale);
-    if (dshift) sum_chunks(sums.data() + C, groups, 2 * C, C, rows_of_source, dshift);
-    return;
+class SourceBwd {
+ public:
+  // H, W: of the map that the source stands for.
+  SourceBwd(const Pending<T>& source, const MaybeTensor& scale, const SourceGradTensors& to,
+            int64_t H, int64_t W)
+      : source_(source), rows_(scale ? scale->size(0) : 1) {
+    const Map<const T>& y = source.source.y;
+    dy_ = output_map<T>(*to.dy, "dy of a source");
+    require(dy_.N == y.N && dy_.C == y.C && dy_.H == y.H && dy_.W == y.W,
+            "dy of a source must have its shape");
+    dscale_ = rows<float>(to.dscale, rows_ * y.C, "dscale of a source");
+    dshift_ = rows<float>(to.dshift, rows_ * y.C, "dshift of a source");
+    dz_ = map_grad(source, dy_, to.dz, H, W);
+    resampled_ = to.dz.has_value();
   }
-  with_tile(dz.H, dz.W, [&](auto tile) {
-    convolution_bwd<tile>(x, grad, weight, dweight, RawOutput<T, tile>{dz, nullptr});
+
+  template <int kTile>
+  typename SourceGrads<T, kTile>::Part part() {
+    const bool masked = !resampled_ && source_.load == Load::affine;
+    return {source_.source, dz_, masked ? &sums_ : nullptr};
+  }
+
+  void finish() const {
+    const int64_t C = dy_.C, groups = static_cast<int64_t>(sums_.size()) / (2 * C);
+    if (resampled_)
+      return resample_map_bwd<T>(source_.source, source_.mode, source_.taps, dz_.read_only(), dy_,
+                                 dscale_, dshift_, rows_);
+    if (dscale_) sum_chunks(sums_.data(), groups, 2 * C, C, rows_, dscale_);
+    if (dshift_) sum_chunks(sums_.data() + C, groups, 2 * C, C, rows_, dshift_);
+  }
+
+ private:
+  const Pending<T>& source_;
+  int64_t rows_;
+  Map<T> dy_{}, dz_{};
+  float *dscale_, *dshift_;
+  bool resampled_;
+  std::vector<float> sums_;
+};
+
+// Of one source, or of two in one pass. weight: turned around, the outputs being their channels.
+template <class T>
+void source_grads(const Input<T>& x, const Input<T>& grad, const Weight& weight, float* dweight,
+                  std::initializer_list<SourceBwd<T>*> of) {
+  with_tile(x.H, x.W, [&](auto tile) {
+    SourceGrads<T, tile> output;
+    for (SourceBwd<T>* source : of) output.parts.push_back(source->template part<tile>());
+    convolution_bwd<tile>(x, grad, weight, dweight, output);
   });
-  if (to.dz)
-    resample_map_bwd<T>(source.source, source.mode, source.taps, dz.read_only(), dy, dscale, dshift,
-                        rows_of_source);
+  for (SourceBwd<T>* source : of) source->finish();
 }
 
-// The gradients of the parameters and of one of the sources, so that not all sources' need to be
-// allocated at a time.
-void conv_norm_act_bwd(MaybeTensor dweight, MaybeTensor dgamma, MaybeTensor dbeta,
-                       MaybeTensor dy_source, MaybeTensor dscale_source, MaybeTensor dshift_source,
-                       MaybeTensor dz, int64_t of, const Tensor dy, const MaybeTensor dscale,
-                       const MaybeTensor dshift, FASTUNET_SOURCE_PARAMETERS, const Tensor weight,
-                       std::string norm, int64_t groups, double eps, const MaybeTensor y,
-                       const Tensor center, const Tensor scale, const Tensor var) {
+void conv_norm_act_bwd(MaybeTensor dweight, MaybeTensor dgamma, MaybeTensor dbeta, MaybeTensor dy0,
+                       MaybeTensor dscale0, MaybeTensor dshift0, MaybeTensor dz0, MaybeTensor dy1,
+                       MaybeTensor dscale1, MaybeTensor dshift1, MaybeTensor dz1, const Tensor dy,
+                       const MaybeTensor dscale, const MaybeTensor dshift,
+                       FASTUNET_SOURCE_PARAMETERS, const Tensor weight, std::string norm,
+                       int64_t groups, double eps, const MaybeTensor y, const Tensor center,
+                       const Tensor scale, const Tensor var) {
   dispatch_fp32_arithmetic(dy.scalar_type(), [&](auto t) {
     using T = decltype(t);
     const Map<const T> from = dense_map<const T>(dy, "dy");
@@ -176,17 +199,27 @@ void conv_norm_act_bwd(MaybeTensor dweight, MaybeTensor dgamma, MaybeTensor dbet
               "dweight must be contiguous, of the weight's shape");
       to = data<float>(*dweight, "dweight");
     }
-    if (!dy_source) {
+    std::optional<SourceBwd<T>> first, second;
+    if (dy0)
+      first.emplace(x.sources[0], scale0, SourceGradTensors{dy0, dscale0, dshift0, dz0}, x.H, x.W);
+    if (dy1) {
+      require(x.sources.size() == 2, "there is no second source");
+      second.emplace(x.sources[1], scale1, SourceGradTensors{dy1, dscale1, dshift1, dz1}, x.H, x.W);
+    }
+    if (!first && !second) {
       if (to) with_tile(x.H, x.W, [&](auto tile) { WeightGrad<tile, T>(x, grad, to).run(); });
       return;
     }
-    require(of == 0 || (of == 1 && x.sources.size() == 2), "there is no source ", of);
-    const MaybeTensor& scale_source = of == 0 ? scale0 : scale1;
-    Weight part = weight_view(weight, true);
-    if (of == 1) part.data += x.sources[0].source.y.C * part.n_stride;
-    part.N = x.sources[of].source.y.C;
-    source_grad(x, grad, part, to, x.sources[of], scale_source ? scale_source->size(0) : 1,
-                {dy_source, dscale_source, dshift_source, dz});
+    const Weight turned = weight_view(weight, true);
+    const int64_t channels = x.sources[0].source.y.C;
+    Weight of_first = turned, of_second = turned;
+    of_first.N = channels;
+    of_second.data += channels * turned.n_stride;
+    of_second.N -= channels;
+    if (first && second && channels % kBlock == 0)
+      return source_grads<T>(x, grad, turned, to, {&*first, &*second});
+    if (second) source_grads<T>(x, grad, of_second, to, {&*second});
+    if (first) source_grads<T>(x, grad, of_first, second ? nullptr : to, {&*first});
   });
 }
 
@@ -201,12 +234,12 @@ FASTUNET_KERNEL(conv_norm_act_folded,
                 "conv_norm_act_folded(Tensor(a!) out, " FASTUNET_SOURCES
                 ", Tensor weight, str norm, Tensor? bias, Tensor? gamma, Tensor? beta, "
                 "Tensor? running_mean, Tensor? running_var, float eps, float slope) -> ()")
-FASTUNET_KERNEL(
-    conv_norm_act_bwd,
-    "conv_norm_act_bwd(Tensor(a!)? dweight, Tensor(b!)? dgamma, Tensor(c!)? dbeta, "
-    "Tensor(d!)? dy_source, Tensor(e!)? dscale_source, Tensor(f!)? dshift_source, "
-    "Tensor(g!)? dz, int of, Tensor dy, Tensor? dscale, Tensor? dshift, " FASTUNET_SOURCES
-    ", Tensor weight, str norm, int groups, float eps, Tensor? y, Tensor center, "
-    "Tensor scale, Tensor var) -> ()")
+FASTUNET_KERNEL(conv_norm_act_bwd,
+                "conv_norm_act_bwd(Tensor(a!)? dweight, Tensor(b!)? dgamma, Tensor(c!)? dbeta, "
+                "Tensor(d!)? dy0, Tensor(e!)? dscale0, Tensor(f!)? dshift0, Tensor(g!)? dz0, "
+                "Tensor(h!)? dy1, Tensor(i!)? dscale1, Tensor(j!)? dshift1, Tensor(k!)? dz1, "
+                "Tensor dy, Tensor? dscale, Tensor? dshift, " FASTUNET_SOURCES
+                ", Tensor weight, str norm, int groups, float eps, Tensor? y, Tensor center, "
+                "Tensor scale, Tensor var) -> ()")
 
 }  // namespace fastunet

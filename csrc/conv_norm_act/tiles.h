@@ -4,6 +4,7 @@
 
 #include <array>
 #include <cstring>
+#include <vector>
 
 #include "common/gemm.h"
 #include "common/prefetch.h"
@@ -398,6 +399,57 @@ struct SourceGrad {
       store(sum + dy.C, dshift, lanes);
     });
   }
+};
+
+// The gradients of one source or of two side by side: of the map that a source stands for, or,
+// where that is its raw output with an affine and activation, of the raw output (`sums` given).
+template <class T, int kTile>
+struct SourceGrads {
+  struct Part {
+    Source<T> source;
+    Map<T> to;
+    std::vector<float>* sums;
+  };
+  std::vector<Part> parts;  // all but the last of whole blocks of channels
+
+  void prepare(const Tiling& tiling) const {
+    for (const Part& part : parts)
+      if (part.sums) masked(part).prepare(tiling);
+  }
+  int64_t bytes_of_tile() const {
+    int64_t bytes = 0;
+    for (const Part& part : parts)
+      bytes += part.sums ? masked(part).bytes_of_tile() : raw(part).bytes_of_tile();
+    return bytes;
+  }
+  void prefetch_read(const Tiling::Group& g, Prefetch& lines) const {
+    for (const Part& part : parts)
+      if (part.sums) masked(part).prefetch_read(g, lines);
+  }
+  void prefetch_written(const Tiling::Group& g, Prefetch& lines) const {
+    for (const Part& part : parts) raw(part).prefetch_written(g, lines);
+  }
+
+  void write(const Tiling::Group& g, int64_t index, int64_t begin, int64_t end, const Panels& m,
+             int64_t tile) const {
+    int64_t first = 0;
+    for (const Part& part : parts) {
+      const int64_t last = first + blocks_of(part.to.C);
+      const int64_t from = std::max(begin, first), to = std::min(end, last);
+      if (from < to) {
+        const Panels of_part{m.data + (from - begin) * m.block(), m.blocks, m.tiles};
+        if (part.sums)
+          masked(part).write(g, index, from - first, to - first, of_part, tile);
+        else
+          raw(part).write(g, index, from - first, to - first, of_part, tile);
+      }
+      first = last;
+    }
+  }
+
+ private:
+  static SourceGrad<T, kTile> masked(const Part& p) { return {p.source, p.to, *p.sums}; }
+  static RawOutput<T, kTile> raw(const Part& p) { return {p.to, nullptr}; }
 };
 
 }  // namespace fastunet

@@ -51,8 +51,6 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from fastunet import backends, cpu
 from fastunet.activation import BILINEAR, MAX_POOL, Activation, Concat
-from fastunet.composed import Norm, SourceGrads
-from fastunet.memory import measure_allocations
 from fastunet.ops import conv_norm_act, conv_transpose, head, materialize
 
 # norm, groups of 24 channels
@@ -551,18 +549,6 @@ def test_only_what_is_wanted(backend, norm):
         rest = {n: t for n, t in tensors.items() if n != name}
         got = evaluate(lambda **t: case.fast(**t, **rest), {name: tensors[name]})  # noqa: B023
         assert torch.equal(got[f"d{name}"], want[f"d{name}"]), name
-
-
-def test_scratch_of_backward(compiled):
-    """A resampled source's scratch is gone before the other source's gradient is allocated."""
-    case = conv("none", Source(8, 32, 32), Source(8, 16, 16, BILINEAR))
-    tensors = case.tensors()
-    sources = [s.activation(tensors, str(i)) for i, s in enumerate(case.sources)]
-    grads = SourceGrads(channels_last(random(2, 24, 32, 32)))
-    norm, vector = Norm("none", None, None, None, None, 0, 1e-5), torch.ones(1, 24)
-    arguments = sources, [True] * 3, tensors["weight"], norm, None, vector, vector, vector
-    _, live, peak = measure_allocations(lambda: cpu.conv_norm_act_bwd(grads, *arguments))
-    assert peak == live
 
 
 X = Activation.of(random(1, 8, 4, 4))

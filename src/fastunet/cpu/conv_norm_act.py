@@ -100,7 +100,17 @@ def conv_norm_act_bwd(
         dy = empty_map(sources[0].y, weight.size(0), sources[0].size).zero_()
     dweight = torch.empty(weight.shape) if needs[0] else None
     dgamma, dbeta = (center.new_empty(center.size(1)) for _ in range(2))
-    arguments = (
+    of_sources = [
+        empty_grads(s) if n else NO_GRADS for s, n in zip(sources, needs[1:], strict=True)
+    ]
+    scratch = [empty_map_grad(s) if n else None for s, n in zip(sources, needs[1:], strict=True)]
+    to_sources = [(*grads, dz) for grads, dz in zip(of_sources, scratch, strict=True)]
+    kernels().conv_norm_act_bwd(
+        dweight,
+        dgamma,
+        dbeta,
+        *to_sources[0],
+        *(to_sources[1] if len(sources) == 2 else (None,) * 4),
         dy.contiguous(memory_format=torch.channels_last),
         dscale,
         dshift,
@@ -114,21 +124,6 @@ def conv_norm_act_bwd(
         scale,
         var,
     )
-    # Source by source, the resampled first: its scratch is gone before the next one's map is there.
-    of_sources = [NO_GRADS for _ in sources]
-    of_parameters: Grads = dweight, dgamma, dbeta  # once, with the first source
-    for i in sorted(range(len(sources)), key=lambda i: not sources[i].resampling_pending):
-        need = needs[1 + i]
-        if need:
-            of_sources[i] = empty_grads(sources[i])
-        kernels().conv_norm_act_bwd(
-            *of_parameters,
-            *of_sources[i],
-            empty_map_grad(sources[i]) if need else None,
-            i,
-            *arguments,
-        )
-        of_parameters = NO_GRADS
     return dweight, dgamma, dbeta, of_sources
 
 
