@@ -213,6 +213,26 @@ def test_inference(grad, monkeypatch):
             assert by_program(model, x, monkeypatch)
 
 
+def test_models_made_in_inference_mode():
+    x = image()
+    with torch.inference_mode():
+        model, twin = twins()
+        for _ in range(STEPS):
+            got = model(x)
+            with recording(False):
+                assert torch.equal(got, twin(x))
+        assert_same(dict(model.named_buffers()), dict(twin.named_buffers()))
+
+
+def test_no_samples():
+    model = build().eval()
+    for _ in range(STEPS):
+        logits = model(torch.empty(0, 3, 32, 32))
+        assert logits.shape == (0, 2, 32, 32)
+        logits.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
 def test_frozen_parameters():
     model, twin = twins()
     for m in (model, twin):

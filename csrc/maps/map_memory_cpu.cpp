@@ -1,6 +1,9 @@
 #include "maps/map_memory.h"
 
-#include "common/tensors.h"
+#include <array>
+#include <vector>
+
+#include "maps/empty.h"
 
 #ifdef __linux__
 #include <pthread.h>
@@ -163,21 +166,44 @@ void MapMemory::release() {
   release_free();
 }
 
+Tensor empty_kept(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides, ScalarType dtype,
+                  size_t bytes) {
+  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+  if (void* data = bytes >= kLeastKept ? MapMemory::instance().take(bytes) : nullptr)
+    return torch::stable::from_blob(data, sizes, strides, cpu, dtype,
+                                    [](void* at) { MapMemory::instance().give_back(at); });
+  using torch::stable::detail::from;
+  std::array<StableIValue, 6> stack{from(sizes),
+                                    from(strides),
+                                    from(std::optional<ScalarType>(dtype)),
+                                    from(std::nullopt),
+                                    from(std::optional<torch::stable::Device>(cpu)),
+                                    from(std::nullopt)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::empty_strided", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 namespace {
 
 // A map of `like`'s samples, dtype and device.
 Tensor empty_map(const Tensor like, int64_t channels, int64_t height, int64_t width) {
   require(like.dim() == 4, "like must be [N, C, H, W], got ", shape(like));
-  const int64_t samples = like.size(0);
-  const std::array<int64_t, 4> sizes{samples, channels, height, width};
-  const int64_t elements = samples * channels * height * width;
-  void* data = MapMemory::instance().take(elements * like.element_size());
-  if (!data)
-    return torch::stable::empty(sizes, like.scalar_type(), std::nullopt, like.device(),
-                                std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
+  const std::array<int64_t, 4> sizes{like.size(0), channels, height, width};
   const std::array<int64_t, 4> strides{height * width * channels, 1, width * channels, channels};
-  return torch::stable::from_blob(data, sizes, strides, like.device(), like.scalar_type(),
-                                  [](void* at) { MapMemory::instance().give_back(at); });
+  return empty_kept(sizes, strides, like.scalar_type(),
+                    like.size(0) * strides[0] * like.element_size());
+}
+
+// For the gradient of a contiguous parameter.
+Tensor empty_contiguous(const Tensor like) {
+  std::vector<int64_t> sizes(like.dim()), strides(like.dim());
+  int64_t count = 1;
+  for (int64_t d = like.dim() - 1; d >= 0; --d) {
+    sizes[d] = like.size(d), strides[d] = count;
+    count *= sizes[d];
+  }
+  return empty_kept(sizes, strides, like.scalar_type(), count * like.element_size());
 }
 
 int64_t kept_map_memory() { return static_cast<int64_t>(MapMemory::instance().kept()); }
@@ -187,10 +213,14 @@ void release_map_memory() { MapMemory::instance().release(); }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(FASTUNET_LIBRARY, m) {
   m.def("empty_map(Tensor like, int channels, int height, int width) -> Tensor");
+  m.def("empty_contiguous(Tensor like) -> Tensor");
   m.def("kept_map_memory() -> int");
   m.def("release_map_memory() -> ()");
 }
-STABLE_TORCH_LIBRARY_IMPL(FASTUNET_LIBRARY, CPU, m) { m.impl("empty_map", TORCH_BOX(&empty_map)); }
+STABLE_TORCH_LIBRARY_IMPL(FASTUNET_LIBRARY, CPU, m) {
+  m.impl("empty_map", TORCH_BOX(&empty_map));
+  m.impl("empty_contiguous", TORCH_BOX(&empty_contiguous));
+}
 STABLE_TORCH_LIBRARY_IMPL(FASTUNET_LIBRARY, CompositeExplicitAutograd, m) {
   m.impl("kept_map_memory", TORCH_BOX(&kept_map_memory));
   m.impl("release_map_memory", TORCH_BOX(&release_map_memory));

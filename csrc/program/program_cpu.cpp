@@ -13,25 +13,20 @@
 
 #include <array>
 #include <bit>
-#include <cstdlib>
 #include <mutex>
 #include <unordered_map>
 
 #include "common/binding.h"
-#include "maps/map_memory.h"
+#include "maps/empty.h"
 
 namespace fastunet {
 namespace {
 
-using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::stable::detail::from;
 using torch::stable::detail::to;
 
 enum Instruction : int64_t { kEmpty = -1, kView = -2, kFree = -3, kReturn = -4 };
 enum Kind : int64_t { kNone, kTensor, kMaybeTensor, kInt, kFloat, kText };
-
-// Bytes from which memory for maps serves, as in src/fastunet/maps.py.
-constexpr size_t kLeastKept = 64 << 10;
 
 // dimensions, sizes, strides
 struct Shape {
@@ -40,19 +35,6 @@ struct Shape {
       : sizes(words + 1, words[0]), strides(words + 1 + words[0], words[0]) {}
   int64_t words() const { return 1 + 2 * static_cast<int64_t>(sizes.size()); }
 };
-
-Tensor empty(const Shape& shape, ScalarType dtype, size_t bytes) {
-  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
-  void* kept = bytes >= kLeastKept ? MapMemory::instance().take(bytes) : nullptr;
-  if (kept)
-    return torch::stable::from_blob(kept, shape.sizes, shape.strides, cpu, dtype,
-                                    [](void* at) { MapMemory::instance().give_back(at); });
-  constexpr size_t kLine = 64;
-  void* data = std::aligned_alloc(kLine, (bytes / kLine + 1) * kLine);
-  if (!data) throw std::bad_alloc();
-  return torch::stable::from_blob(data, shape.sizes, shape.strides, cpu, dtype,
-                                  [](void* at) { std::free(at); });
-}
 
 Tensor view(const Tensor& base, const Shape& shape, int64_t offset) {
   std::array<StableIValue, 4> stack{from(base), from(shape.sizes), from(shape.strides),
@@ -96,7 +78,8 @@ std::vector<Tensor> run(const int64_t* word, std::vector<MaybeTensor> slots) {
     const int64_t what = *word++;
     if (what == kEmpty) {
       const Shape shape(word + 3);
-      slots.at(word[0]) = empty(shape, static_cast<ScalarType>(word[1]), word[2]);
+      slots.at(word[0]) =
+          empty_kept(shape.sizes, shape.strides, static_cast<ScalarType>(word[1]), word[2]);
       word += 3 + shape.words();
     } else if (what == kView) {
       const Shape shape(word + 3);

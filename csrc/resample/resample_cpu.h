@@ -193,9 +193,8 @@ class Resample {
         const auto& tap = taps[p];
         const V left = load(from + tap.low * C, lanes);
         // Nearest reads one pixel, so 0 * Inf of its neighbours must not come in.
-        const V value = copies ? left
-                               : (1 - tap.weight) * left +
-                                     tap.weight * load(from + tap.high * C, lanes);
+        const V value =
+            copies ? left : (1 - tap.weight) * left + tap.weight * load(from + tap.high * C, lanes);
         store(out + p * stride + c, value, lanes);
       }
     });

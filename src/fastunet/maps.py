@@ -1,10 +1,10 @@
 """Maps as kernels want them: channels_last tensors, and the vectors beside them."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import extension
 
@@ -23,20 +23,32 @@ def channel_adjacent(x: Tensor) -> Tensor:
 def empty_map(like: Tensor, channels: int, size: tuple[int, int]) -> Tensor:
     """A map to be written, of the samples, dtype and device of ``like``."""
     height, width = size
-    if (
-        like.device.type == "cpu"
-        and type(like) is Tensor
-        and like.size(0) * channels * height * width * like.element_size() >= LEAST_KEPT
-        and not _by_pytorch
-        and not torch.are_deterministic_algorithms_enabled()  # which may fill what is empty
-        and extension.load()[0]
-    ):
+    if in_map_memory(like, like.size(0) * channels * height * width):
         return extension.kernels().empty_map(like, channels, height, width)
     return torch.empty(
         (like.size(0), channels, *size),
         dtype=like.dtype,
         device=like.device,
         memory_format=torch.channels_last,
+    )
+
+
+def empty_parameter_grad(parameter: Tensor) -> Tensor:
+    """The gradient of a weight on the CPU to be written, contiguous, fp32."""
+    if parameter.dtype == torch.float32 and in_map_memory(parameter, parameter.numel()):
+        return extension.kernels().empty_contiguous(parameter)
+    return torch.empty(parameter.shape, dtype=torch.float32)
+
+
+def in_map_memory(like: Tensor, count: int) -> bool:
+    """Whether so many elements like these come from the memory for maps."""
+    return (
+        like.device.type == "cpu"
+        and type(like) in (Tensor, nn.Parameter)
+        and count * like.element_size() >= LEAST_KEPT
+        and not _by_pytorch
+        and not torch.are_deterministic_algorithms_enabled()  # which may fill what is empty
+        and extension.load()[0] is not None
     )
 
 
@@ -53,6 +65,12 @@ def allocated_by_pytorch() -> Iterator[None]:
 
 def are_allocated_by_pytorch() -> bool:
     return _by_pytorch
+
+
+def note_changes(tensors: Sequence[Tensor]) -> None:
+    """Kernels wrote to these: who counts versions shall know."""
+    if counted := [t for t in tensors if not t.is_inference()]:
+        torch.autograd.graph.increment_version(counted)
 
 
 def kept_map_memory() -> int:

@@ -107,6 +107,7 @@ class Recorder(TorchDispatchMode):
         self.written: set[int] = set()
         self.operators = implementations_by_operator()
         self.namespace = kernels().name
+        self.own_allocations = {kernels().empty_map.default, kernels().empty_contiguous.default}
         for t in given:
             self.give(t)
 
@@ -137,7 +138,7 @@ class Recorder(TorchDispatchMode):
         return out
 
     def note(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
-        if func in ALLOCATIONS or func is kernels().empty_map.default:
+        if func in ALLOCATIONS or func in self.own_allocations:
             self.allocate(out)
         elif func in ZEROS:
             self.call("zero", self.allocate(out))

@@ -60,7 +60,10 @@ class Recordings:
     def find(self, kind: tuple, x: Tensor) -> "Recording | None":
         """What is known of passes with this kind of input, and still holds."""
         found = self.by_kind.get(kind)
-        if found is None or not found.holds(x):
+        if found is None:
+            return None
+        if not found.holds(x):
+            self.by_kind.clear()  # they hold on to what the modules had
             return None
         self.credit += 0.1
         return found
@@ -85,7 +88,9 @@ def run(model: "FastUNet", x: Tensor) -> Tensor:
     kind = kind_of(model, x)
     if kind is None:
         return model.layers(x)
-    recordings = _recordings.setdefault(model, Recordings())
+    recordings = _recordings.get(model)
+    if recordings is None:
+        recordings = _recordings.setdefault(model, Recordings())
     found = recordings.find(kind, x)
     if found is None:
         recordings.begin(kind, model, x)
@@ -205,8 +210,7 @@ class Recording:
     def replay(self, given: list[Tensor]) -> list[Tensor]:
         assert self.forward is not None
         outputs = self.forward.run([given[i] for i in self.forward.inputs])
-        if self.written:
-            torch.autograd.graph.increment_version([given[i] for i in self.written])
+        maps.note_changes([given[i] for i in self.written])
         return outputs
 
 

@@ -10,7 +10,7 @@ from fastunet.activation import Activation
 from fastunet.compiled import NO_GRADS, Grads, empty_grads, empty_map_grad, flat
 from fastunet.composed import as_dtype
 from fastunet.extension import kernels
-from fastunet.maps import empty_map
+from fastunet.maps import empty_map, empty_parameter_grad
 
 if TYPE_CHECKING:
     from fastunet.composed import Norm, SourceGrads
@@ -98,7 +98,7 @@ def conv_norm_act_bwd(
     dy, dscale, dshift = grads
     if dy is None:
         dy = empty_map(sources[0].y, weight.size(0), sources[0].size).zero_()
-    dweight = torch.empty(weight.shape) if needs[0] else None
+    dweight = empty_parameter_grad(weight) if needs[0] else None
     dgamma, dbeta = (center.new_empty(center.size(1)) for _ in range(2))
     of_sources = [
         empty_grads(s) if n else NO_GRADS for s, n in zip(sources, needs[1:], strict=True)

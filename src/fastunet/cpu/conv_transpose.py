@@ -9,7 +9,7 @@ from fastunet.activation import Activation
 from fastunet.compiled import NO_GRADS, empty_grads, empty_map_grad, flat
 from fastunet.composed import as_dtype
 from fastunet.extension import kernels
-from fastunet.maps import channel_adjacent, empty_map
+from fastunet.maps import channel_adjacent, empty_map, empty_parameter_grad
 
 
 def conv_transpose(source: Activation, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -24,7 +24,7 @@ def conv_transpose_bwd(
     dy: Tensor, source: Activation, needs: Sequence[bool], weight: Tensor
 ) -> tuple[Tensor | None, Tensor, tuple[Tensor | None, ...]]:
     """dweight, dbias and the source's dy, dscale, dshift; needs: weight, source."""
-    dweight = torch.empty(weight.shape) if needs[0] else None
+    dweight = empty_parameter_grad(weight) if needs[0] else None
     dbias = torch.empty(weight.size(1))
     of_source = empty_grads(source) if needs[1] else NO_GRADS
     kernels().conv_transpose_bwd(

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastunet.compiled import Passes
 from fastunet.extension import kernels
+from fastunet.maps import note_changes
 
 PASSES = Passes(lambda _: kernels())
 
@@ -25,6 +26,5 @@ def running_statistics(norm: Any, mean: Tensor, var: Tensor, count: int | Tensor
     kernels().running_statistics(
         *kept, norm.num_batches_tracked, mean, var, count / (count - 1), norm.momentum
     )
-    changed = (t for t in (*kept, norm.num_batches_tracked) if t is not None)
-    torch.autograd.graph.increment_version(changed)
+    note_changes([t for t in (*kept, norm.num_batches_tracked) if t is not None])
     return True
