@@ -1,0 +1,185 @@
+// From Winograd's domain to maps: where a convolution's output goes. write(): blocks [begin, end)
+// of output channels of a group, from tiles [tile, ...) of m, whose first block is `begin`.
+#pragma once
+
+#include <vector>
+
+#include "conv_norm_act/normalization_cpu.h"
+#include "conv_norm_act/tiles.h"
+
+namespace fastunet {
+
+// One vector of channels of one tile, [height, width] pixels of which are inside the map, handed on
+// as to(row, column, value).
+template <int kTile, class To>
+FASTUNET_INLINE void transform_tile(const float* m, int64_t plane, int64_t height, int64_t width,
+                                    To to) {
+  const auto from = [&](int i, int j) { return load(m + (i * patch_of(kTile) + j) * plane); };
+  if (height >= kTile && width >= kTile)
+    transform_square<OutputTransform<kTile>>(from, to);
+  else
+    transform_square<OutputTransform<kTile>>(from, [&](int i, int j, vfloat value) {
+      if (i < height && j < width) to(i, j, value);
+    });
+}
+
+// f(first channel, its address in m, lanes) for blocks [begin, end) of C channels.
+template <class F>
+FASTUNET_INLINE void for_vectors(int64_t begin, int64_t end, int64_t C, const Panels& m, F f) {
+  for (int64_t b = begin; b < end; ++b)
+    for (int i = 0; i < kBlock; i += kLanes) {
+      const int64_t c = b * kBlock + i;
+      const float* from = m.at(0, b - begin) + i;
+      if (C - c >= kLanes)
+        f(c, from, std::integral_constant<int, kLanes>{});
+      else if (C > c)
+        f(c, from, static_cast<int>(C - c));
+    }
+}
+
+// f(tile of m, its first pixel) for the tiles of a group, `side` pixels wide and high.
+template <class F>
+FASTUNET_INLINE void for_tiles_of(const Tiling::Group& g, int64_t side, int64_t tile, F f) {
+  for (int64_t r = 0; r < g.rows; ++r)
+    for (int64_t s = 0; s < g.columns; ++s, ++tile) f(tile, g.h + r * side, g.w + s * side);
+}
+
+// A raw map and, if wanted, its moments; or with an affine and activation done to it.
+template <class T, int kTile>
+struct RawOutput {
+  Map<T> y;
+  ChunkMoments<T>* moments;
+  const Source<T>* done = nullptr;  // by the values per channel of this
+
+  void prepare(const Tiling& tiling) const {
+    if (moments) moments->resize(tiling.count(), y.C);
+  }
+  int64_t bytes_of_tile() const { return kTile * kTile * y.C * static_cast<int64_t>(sizeof(T)); }
+  void prefetch_read(const Tiling::Group&, Prefetch&) const {}
+  // A store that misses waits for its line.
+  void prefetch_written(const Tiling::Group& g, Prefetch& lines) const {
+    lines.add(y.read_only(), g.n, g.h, g.h + g.height, g.w, g.w + g.width);
+  }
+
+  void write(const Tiling::Group& g, int64_t index, int64_t begin, int64_t end, const Panels& m,
+             int64_t first) const {
+    for_vectors(begin, end, y.C, m, [&](int64_t c, const float* from, auto lanes) {
+      const auto write_tiles = [&](auto value_of) {
+        for_tiles_of(g, kTile, first, [&](int64_t tile, int64_t h, int64_t w) {
+          T* to = y.at(g.n, h, w) + c;
+          transform_tile<kTile>(from + tile * kBlock, m.plane(), y.H - h, y.W - w,
+                                [&](int i, int j, vfloat value) {
+                                  store(to + i * y.sh + j * y.sw, value_of(value), lanes);
+                                });
+        });
+      };
+      if (done)
+        write_tiles(Channels<float>(*done, g.n, c, lanes));
+      else
+        write_tiles([](vfloat value) { return value; });
+    });
+    if (!moments) return;
+    const int64_t c = begin * kBlock;
+    auto* mean = moments->values.data() + index * 2 * y.C + c;
+    moments->counts[index] = g.height * g.width;
+    chunk_moments(y.at(g.n, g.h, g.w) + c, g.height, y.sh, g.width, y.sw,
+                  std::min(end * kBlock, y.C) - c, mean, mean + y.C);
+  }
+};
+
+// The gradient of a source that is read in place: of its raw map, dy = scale * act'(t) * dz, and
+// the sums of act'(t) * dz * (y - center) and of act'(t) * dz, per group: [groups][2][C].
+template <class T, int kTile>
+struct SourceGrad {
+  Source<T> source;
+  Map<T> dy;
+  std::vector<float>& sums;
+
+  void prepare(const Tiling& tiling) const { sums.assign(tiling.count() * 2 * dy.C, 0.0f); }
+  int64_t bytes_of_tile() const {
+    return 2 * kTile * kTile * dy.C * static_cast<int64_t>(sizeof(T));
+  }
+  void prefetch_read(const Tiling::Group& g, Prefetch& lines) const {
+    lines.add(source.y, g.n, g.h, g.h + g.height, g.w, g.w + g.width);
+  }
+  void prefetch_written(const Tiling::Group& g, Prefetch& lines) const {
+    lines.add(dy.read_only(), g.n, g.h, g.h + g.height, g.w, g.w + g.width);
+  }
+
+  void write(const Tiling::Group& g, int64_t index, int64_t begin, int64_t end, const Panels& m,
+             int64_t first) const {
+    const Map<const T>& y = source.y;
+    for_vectors(begin, end, dy.C, m, [&](int64_t c, const float* from, auto lanes) {
+      const Channels<float> channel(source, g.n, c, lanes);
+      vfloat dscale{}, dshift{};
+      for_tiles_of(g, kTile, first, [&](int64_t tile, int64_t h, int64_t w) {
+        const T* raw = y.at(g.n, h, w) + c;
+        T* to = dy.at(g.n, h, w) + c;
+        transform_tile<kTile>(from + tile * kBlock, m.plane(), dy.H - h, dy.W - w,
+                              [&](int i, int j, vfloat dz) {
+                                const vfloat value = load(raw + i * y.sh + j * y.sw, lanes);
+                                const vfloat d = channel.act_bwd(dz, channel.preact(value));
+                                store(to + i * dy.sh + j * dy.sw, channel.scale * d, lanes);
+                                dscale += d * (value - channel.center);
+                                dshift += d;
+                              });
+      });
+      float* sum = sums.data() + index * 2 * dy.C + c;
+      store(sum, dscale, lanes);
+      store(sum + dy.C, dshift, lanes);
+    });
+  }
+};
+
+// The gradients of one source or of two side by side: of the map that a source stands for, or,
+// where that is its raw output with an affine and activation, of the raw output (`sums` given).
+template <class T, int kTile>
+struct SourceGrads {
+  struct Part {
+    Source<T> source;
+    Map<T> to;
+    std::vector<float>* sums;
+  };
+  std::vector<Part> parts;  // all but the last of whole blocks of channels
+
+  void prepare(const Tiling& tiling) const {
+    for (const Part& part : parts)
+      if (part.sums) masked(part).prepare(tiling);
+  }
+  int64_t bytes_of_tile() const {
+    int64_t bytes = 0;
+    for (const Part& part : parts)
+      bytes += part.sums ? masked(part).bytes_of_tile() : raw(part).bytes_of_tile();
+    return bytes;
+  }
+  void prefetch_read(const Tiling::Group& g, Prefetch& lines) const {
+    for (const Part& part : parts)
+      if (part.sums) masked(part).prefetch_read(g, lines);
+  }
+  void prefetch_written(const Tiling::Group& g, Prefetch& lines) const {
+    for (const Part& part : parts) raw(part).prefetch_written(g, lines);
+  }
+
+  void write(const Tiling::Group& g, int64_t index, int64_t begin, int64_t end, const Panels& m,
+             int64_t tile) const {
+    int64_t first = 0;
+    for (const Part& part : parts) {
+      const int64_t last = first + blocks_of(part.to.C);
+      const int64_t from = std::max(begin, first), to = std::min(end, last);
+      if (from < to) {
+        const Panels of_part{m.data + (from - begin) * m.block(), m.blocks, m.tiles};
+        if (part.sums)
+          masked(part).write(g, index, from - first, to - first, of_part, tile);
+        else
+          raw(part).write(g, index, from - first, to - first, of_part, tile);
+      }
+      first = last;
+    }
+  }
+
+ private:
+  static SourceGrad<T, kTile> masked(const Part& p) { return {p.source, p.to, *p.sums}; }
+  static RawOutput<T, kTile> raw(const Part& p) { return {p.to, nullptr}; }
+};
+
+}  // namespace fastunet

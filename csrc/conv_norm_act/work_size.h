@@ -1,0 +1,60 @@
+// How much of a convolution is done at a time, by caches and shapes.
+#pragma once
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <type_traits>
+
+#include "common/map.h"
+#include "conv_norm_act/winograd.h"
+
+namespace fastunet {
+
+inline int64_t l2_bytes() {
+  static const int64_t bytes = [] {
+    int64_t size = 0;
+#ifdef _SC_LEVEL2_CACHE_SIZE
+    size = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+    return size > 0 ? std::clamp<int64_t>(size, 256 << 10, 2 << 20) : 512 << 10;
+  }();
+  return bytes;
+}
+
+// Measured on Zen 4 and 5 with 1 MB of L2 per core and 32 MB of L3, see docs/performance-log.md:
+// pixels of a map from which tiles of 6 are faster;
+inline constexpr int64_t kLargeMap = 96 * 96;
+// tiles in a group whose weights stay in L2;
+inline constexpr int64_t kLeastRows = 8;
+// transformed tiles held at a time, shared by all threads;
+inline constexpr int64_t kBatchBytes = 8 << 20;
+// the same of both operands of the weight's gradient, which needs no weights again for each batch;
+inline constexpr int64_t kGradBatchBytes = 4 << 20;
+// transformed weights that groups may stream from L3;
+inline constexpr int64_t kWeightBytes = 12 << 20;
+// tiles in a group from which the weight's gradient, which adds up between groups, works by group.
+inline constexpr int64_t kGradTiles = 20;
+// tiles in a group from which both gradients share what they read.
+inline constexpr int64_t kSharedTiles = 10;
+
+// Calls f with the side of the tiles for maps of H x W, a compile-time number: 6 on large maps
+// where that saves a tenth of the products, not much of it being lost in tiles that reach beyond
+// the map; elsewhere 4, whose rounding errors are a quarter, and in builds for any x86-64, which
+// are slow anyway, and compile in half the time so.
+template <class F>
+void with_tile(int64_t H, int64_t W, F f) {
+#if defined(__x86_64__) && !defined(__AVX2__)
+  return f(std::integral_constant<int, 4>{});
+#else
+  const auto products = [&](int64_t tile) {
+    return ceil_div(H, tile) * ceil_div(W, tile) * points_of(tile);
+  };
+  if (H * W >= kLargeMap && products(6) * 10 <= products(4) * 9)
+    f(std::integral_constant<int, 6>{});
+  else
+    f(std::integral_constant<int, 4>{});
+#endif
+}
+
+}  // namespace fastunet
