@@ -1,12 +1,13 @@
 // 3x3 convolutions by Winograd's algorithm: forward (and, with the weight turned around, the
 // input's gradient), and both gradients at once.
 //
-// Two orders of work, chosen by shape and caches alone, so that results do not depend on threads:
+// Three orders of work. Results do not depend on which, nor on the number of threads:
 // * by group: a thread takes a group of tiles through all three stages, which stay in its L2. For
 //   large maps of few channels.
-// * by stage: all threads transform a batch of tiles; then each takes blocks of output channels
-//   through products and output transform, transforming their weights on the way. For small maps of
-//   many channels, whose weights are the larger part.
+// * by range: a thread transforms a range of tiles, and takes all blocks of output channels through
+//   products and output transform, transforming their weights on the way. For more channels.
+// * by stage: all threads transform a batch of tiles; then each takes some of the blocks. For small
+//   maps of many channels, whose weights are the larger part.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -31,10 +32,19 @@ class Convolution {
   void run() const {
     const int64_t least = weight_bytes() > 2 * l2_bytes() ? kRows : kLeastRows;
     const int64_t target = std::max<int64_t>(l2_bytes() * 3 / 5 / bytes_of_tile(), least);
-    if (worth_groups(target))
-      by_group(Tiling(in_.N, in_.H, in_.W, kTile, target));
+    if (worth_groups(target)) return by_group(Tiling(in_.N, in_.H, in_.W, kTile, target));
+    // Small groups, a row of tiles where that is not too little: threads share them out.
+    const int64_t across = ceil_div(in_.W, kTile), of_map = across * ceil_div(in_.H, kTile);
+    const int64_t few = of_map <= 2 * kRows ? of_map : std::clamp<int64_t>(across, 8, 2 * kRows);
+    const Tiling tiling(in_.N, in_.H, in_.W, kTile, few);
+    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t tiles = tiling.count() * tiling.max_tiles();
+    const int64_t most = std::min(batch_tiles(), kMostRange);
+    const int64_t ranges = threads * ceil_div(tiles, threads * most);
+    if (tiles >= ranges * kLeastRange)
+      by_range(tiling, ranges);
     else
-      by_stage(Tiling(in_.N, in_.H, in_.W, kTile, 2 * kRows));
+      by_stage(tiling);
   }
 
   // Whether groups of `target` tiles should stay with a thread.
@@ -102,11 +112,37 @@ class Convolution {
     });
   }
 
+  // Transformed tiles held at a time.
+  int64_t batch_tiles() const {
+    return std::max<int64_t>(1, kBatchBytes / (kPoints * inputs() * kBlock * 4));
+  }
+
+  void by_range(const Tiling& tiling, int64_t ranges) const {
+    output_.prepare(tiling);
+    const int64_t inputs = this->inputs(), outputs = this->outputs();
+    torch::stable::parallel_for(0, ranges, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t range = begin; range < end; ++range) {
+        const int64_t first = tiling.count() * range / ranges;
+        const int64_t last = tiling.count() * (range + 1) / ranges;
+        const std::vector<int64_t> offsets = tiling.offsets(first, last);
+        const int64_t tiles = offsets.back(), v_floats = Panels::floats(kPoints, inputs, tiles);
+        float* scratch = thread_workspace().get(
+            v_floats + std::max(Reader<InputTransform<kTile>, T>::scratch_floats(tiling),
+                                outputs_floats(tiles)));
+        const Panels v{scratch, inputs, tiles};
+        for (int64_t g = first; g < last; ++g)
+          reader_.read(tiling.group(g), 0, inputs, v, offsets[g - first], scratch + v_floats);
+        for (int64_t block = 0; block < outputs; block += kBlocks)
+          outputs_of(tiling, v, offsets, first, 0, last - first, block,
+                     std::min<int64_t>(block + kBlocks, outputs), scratch + v_floats);
+      }
+    });
+  }
+
   void by_stage(const Tiling& tiling) const {
     output_.prepare(tiling);
     const int64_t inputs = this->inputs(), outputs = this->outputs();
-    const int64_t fit = kBatchBytes / (kPoints * inputs * kBlock * 4);
-    const int64_t batch = std::max<int64_t>(1, fit / tiling.max_tiles());  // groups
+    const int64_t batch = std::max<int64_t>(1, batch_tiles() / tiling.max_tiles());  // groups
     for (int64_t first = 0; first < tiling.count(); first += batch) {
       const int64_t last = std::min(first + batch, tiling.count());
       const std::vector<int64_t> offsets = tiling.offsets(first, last);
@@ -120,8 +156,8 @@ class Convolution {
           reader_.read(tiling.group(first + g), b, b + 1, v, offsets[g], scratch);
         }
       });
-      // A task: kBlocks blocks of outputs by about 128 tiles.
-      const int64_t per_range = std::max<int64_t>(1, 128 / tiling.max_tiles());
+      // A task: kBlocks blocks of outputs by about as many tiles as a range has.
+      const int64_t per_range = std::max<int64_t>(1, kMostRange / tiling.max_tiles());
       const int64_t ranges = ceil_div(last - first, per_range);
       const int64_t columns = ceil_div(outputs, kBlocks);
       torch::stable::parallel_for(0, columns * ranges, 1, [&](int64_t begin, int64_t end) {
@@ -130,25 +166,32 @@ class Convolution {
           const int64_t g0 = task % ranges * per_range;
           const int64_t g1 = std::min(g0 + per_range, last - first);
           outputs_of(tiling, v, offsets, first, g0, g1, block,
-                     std::min<int64_t>(block + kBlocks, outputs));
+                     std::min<int64_t>(block + kBlocks, outputs),
+                     thread_workspace().get(outputs_floats(offsets[g1] - offsets[g0])));
         }
       });
     }
   }
 
+  // Inputs whose transformed weights are in L2 at a time.
+  int64_t depth() const {
+    const int64_t at_once =
+        l2_bytes() * 3 / 10 / (kPoints * kBlocks * kBlock * kBlock * 4) * kBlock;
+    return std::clamp<int64_t>(at_once, kBlock, std::max<int64_t>(in_.C, kBlock));
+  }
+  int64_t outputs_floats(int64_t tiles) const {
+    return Panels::floats(kPoints, kBlocks, tiles) +
+           kPoints * (kBlocks * depth() * kBlock + kBlock);
+  }
+
   // Blocks [begin, end) of outputs of groups first + [g0, g1).
   void outputs_of(const Tiling& tiling, const Panels& v, const std::vector<int64_t>& offsets,
-                  int64_t first, int64_t g0, int64_t g1, int64_t begin, int64_t end) const {
-    const int64_t tiles = offsets[g1] - offsets[g0], blocks = end - begin;
-    const int64_t at_once =
-        std::max<int64_t>(1, l2_bytes() * 3 / 10 / (kPoints * kBlocks * kBlock * kBlock * 4)) *
-        kBlock;
-    const int64_t depth = std::min(at_once, in_.C);
+                  int64_t first, int64_t g0, int64_t g1, int64_t begin, int64_t end,
+                  float* scratch) const {
+    const int64_t tiles = offsets[g1] - offsets[g0], blocks = end - begin, depth = this->depth();
     const int64_t u_plane = blocks * depth * kBlock + kBlock;
-    const int64_t m_floats = Panels::floats(kPoints, blocks, tiles);
-    float* scratch = thread_workspace().get(m_floats + kPoints * u_plane);
-    float* u = scratch + m_floats;
     const Panels m{scratch, blocks, tiles};
+    float* u = scratch + Panels::floats(kPoints, blocks, tiles);
     for (int64_t k = 0; k < in_.C; k += depth) {
       const int64_t count = std::min(depth, in_.C - k);
       for (int64_t b = 0; b < blocks; ++b)

@@ -27,7 +27,10 @@ inline int64_t l2_bytes() {
 inline constexpr int64_t kLargeMap = 96 * 96;
 // tiles in a group whose weights stay in L2;
 inline constexpr int64_t kLeastRows = 8;
-// transformed tiles held at a time, shared by all threads;
+// tiles in a range: from 24 on each thread transforms all weights for its own; of 128 two blocks of
+// outputs stay in L2;
+inline constexpr int64_t kLeastRange = 24, kMostRange = 128;
+// transformed tiles held at a time, by a thread or shared by all;
 inline constexpr int64_t kBatchBytes = 8 << 20;
 // the same of both operands of the weight's gradient, which needs no weights again for each batch;
 inline constexpr int64_t kGradBatchBytes = 4 << 20;
