@@ -54,7 +54,7 @@ def in_map_memory(like: Tensor, count: int) -> bool:
 
 @contextlib.contextmanager
 def allocated_by_pytorch() -> Iterator[None]:
-    """Within this context PyTorch allocates all maps: it counts them, and can be traced."""
+    """Within this context PyTorch allocates all maps, and so can count them."""
     global _by_pytorch
     before, _by_pytorch = _by_pytorch, True
     try:
