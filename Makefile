@@ -40,7 +40,8 @@ demo: $(READY)
 
 test: $(READY)
 	$(PYTEST)
-	FASTUNET_BUILDS=default $(MAKE) sanitize TESTS="$(CHECKED_SAMPLE)"
+	$(if $(wildcard $(SANITIZERS)),FASTUNET_BUILDS=default $(MAKE) sanitize TESTS="$(CHECKED_SAMPLE)",\
+		@echo "$(CXX) has no sanitizers: the tests with them are left out")
 
 test-all: $(READY)
 	$(PYTEST) -m "not gpu"
