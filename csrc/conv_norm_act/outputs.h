@@ -102,9 +102,6 @@ struct SourceGrad {
   void prefetch_read(const Tiling::Group& g, Prefetch& lines) const {
     lines.add(source.y, g.n, g.h, g.h + g.height, g.w, g.w + g.width);
   }
-  void prefetch_written(const Tiling::Group& g, Prefetch& lines) const {
-    lines.add(dy.read_only(), g.n, g.h, g.h + g.height, g.w, g.w + g.width);
-  }
 
   void write(const Tiling::Group& g, int64_t index, int64_t begin, int64_t end, const Panels& m,
              int64_t first) const {

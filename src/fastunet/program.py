@@ -109,16 +109,18 @@ class Recorder(TorchDispatchMode):
         self.namespace = kernels().name
         self.own_allocations = {kernels().empty_map.default, kernels().empty_contiguous.default}
         for t in given:
-            self.give(t)
+            if t.untyped_storage()._cdata in self.by_storage:
+                self.fail("tensors share memory")
+            self.new_base(t)
+        self.given = len(self.layouts)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # else PyTorch imports its compiler, which takes a second
 
-    def give(self, t: Tensor) -> int:
-        if t.untyped_storage()._cdata in self.by_storage:
-            self.fail("tensors share memory")
-        return self.new_base(t)
+    def changed(self) -> list[int]:
+        """Of what was given, what is written."""
+        return [slot for slot in self.written if slot < self.given]
 
     def fail(self, why: str) -> int:
         self.why_not = self.why_not or why

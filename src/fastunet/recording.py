@@ -72,7 +72,6 @@ class Recordings:
         if self.credit < 1:
             return
         self.credit -= 1
-        self.by_kind.pop(kind, None)
         self.by_kind[kind] = recording = Recording(model, x)
         if not model.is_plain():
             recording.why_not = "a module that is hooked, or of another kind"
@@ -203,7 +202,7 @@ class Recording:
         returned = recorder.slot_of(output)
         self.why_not = recorder.why_not
         if not self.why_not:
-            self.written = [slot for slot in recorder.written if slot < len(given)]
+            self.written = recorder.changed()
             self.forward = Program(recorder, recorder.steps, [returned])
         return output
 
@@ -237,7 +236,7 @@ class Record(torch.autograd.Function):
         recorder = Recorder(given)
         with torch.enable_grad(), recorder:
             output = model.layers(x)
-        ctx.step = RecordedForward(recording, recorder, len(given), output)
+        ctx.step = RecordedForward(recording, recorder, output)
         ctx.tensors = [x if t is given[0] else t for t in tensors]
         return output.detach()
 
@@ -256,16 +255,14 @@ class Record(torch.autograd.Function):
 class RecordedForward:
     """A forward pass that was recorded, whose backward pass is to come."""
 
-    def __init__(
-        self, recording: Recording, recorder: Recorder, given: int, output: Tensor
-    ) -> None:
-        self.recording, self.recorder, self.given, self.output = recording, recorder, given, output
+    def __init__(self, recording: Recording, recorder: Recorder, output: Tensor) -> None:
+        self.recording, self.recorder, self.output = recording, recorder, output
         self.logits = recorder.slot_of(output)
         self.steps = len(recorder.steps)
         self.recorded = False
 
     def backward(self, tensors: list[Tensor], dlogits: Tensor, keep: bool) -> tuple:
-        dlogits = in_layout(dlogits, Layout.of(self.output))
+        dlogits = in_layout(dlogits, Layout.of(self.output))  # there is no slot after a failure
 
         def gradients() -> tuple:
             # torch.autograd.grad imports a package for symbolic shapes first.
@@ -297,8 +294,8 @@ class RecordedForward:
             return
         maps = [slot for slot in way_back.inputs if slot in made]
         recording.output = recorder.layouts[self.logits]
-        recording.written = [slot for slot in recorder.written if slot < self.given]
-        recording.read = [slot for slot in way_back.inputs if slot < self.given]
+        recording.written = recorder.changed()
+        recording.read = [slot for slot in way_back.inputs if slot < recorder.given]
         recording.found = [g is not None for g in grads]
         recording.forward = Program(recorder, forward, [self.logits, *maps])
         recording.backward = way_back

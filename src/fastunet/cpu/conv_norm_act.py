@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fastunet.composed import Norm, SourceGrads
 
 NO_SOURCE = (None, None, None, None, 1.0, 0)
+NO_SOURCE_GRADS = (*NO_GRADS, None)  # dy, dscale, dshift and scratch
 
 
 def convolves(kind: str, sources: Sequence[Activation], weight: Tensor) -> bool:
@@ -100,17 +101,16 @@ def conv_norm_act_bwd(
         dy = empty_map(sources[0].y, weight.size(0), sources[0].size).zero_()
     dweight = empty_parameter_grad(weight) if needs[0] else None
     dgamma, dbeta = (center.new_empty(center.size(1)) for _ in range(2))
-    of_sources = [
-        empty_grads(s) if n else NO_GRADS for s, n in zip(sources, needs[1:], strict=True)
+    to_sources = [
+        (*empty_grads(source), empty_map_grad(source)) if need else NO_SOURCE_GRADS
+        for source, need in zip(sources, needs[1:], strict=True)
     ]
-    scratch = [empty_map_grad(s) if n else None for s, n in zip(sources, needs[1:], strict=True)]
-    to_sources = [(*grads, dz) for grads, dz in zip(of_sources, scratch, strict=True)]
     kernels().conv_norm_act_bwd(
         dweight,
         dgamma,
         dbeta,
         *to_sources[0],
-        *(to_sources[1] if len(sources) == 2 else (None,) * 4),
+        *(to_sources[1] if len(sources) == 2 else NO_SOURCE_GRADS),
         dy.contiguous(memory_format=torch.channels_last),
         dscale,
         dshift,
@@ -124,7 +124,7 @@ def conv_norm_act_bwd(
         scale,
         var,
     )
-    return dweight, dgamma, dbeta, of_sources
+    return dweight, dgamma, dbeta, [to[:3] for to in to_sources]
 
 
 def as_kernel_weight(weight: Tensor) -> Tensor:
