@@ -1,16 +1,18 @@
 // 3x3 convolutions by Winograd's algorithm: forward (and, with the weight turned around, the
 // input's gradient), and both gradients at once.
 //
-// Three orders of work. Results do not depend on which, nor on the number of threads:
-// * by group: a thread takes a group of tiles through all three stages, which stay in its L2. For
-//   large maps of few channels.
-// * by range: a thread transforms a range of tiles, and takes all blocks of output channels through
-//   products and output transform, transforming their weights on the way. For more channels.
-// * by stage: all threads transform a batch of tiles; then each takes some of the blocks. For small
-//   maps of many channels, whose weights are the larger part.
+// Two orders of work. Results depend neither on which nor on the number of threads. Cores exchange
+// nothing but maps and, by group, transformed weights.
+// * by group: a thread takes a group of tiles through all stages, which stay in its L2. For large
+//   maps of few channels.
+// * by range: a thread transforms a range of tiles, and takes some or all blocks of output channels
+//   through products and output transform, transforming their weights on the way. For smaller maps
+//   of more channels.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
+
+#include <utility>
 
 #include "common/workspace.h"
 #include "conv_norm_act/outputs.h"
@@ -23,7 +25,11 @@ namespace fastunet {
 // Output: RawOutput or SourceGrads.
 template <int kTile, class T, class Output>
 class Convolution {
-  static constexpr int kPoints = points_of(kTile);
+  static constexpr int kPatch = patch_of(kTile), kPoints = points_of(kTile);
+  // By group, only one row of points of tiles and products is there at a time, in L1, and in L2
+  // what is transformed in one dimension: less traffic, but a tile of 4 stays in registers from its
+  // products to its outputs, which is better still.
+  static constexpr bool kByRows = kTile > 4;
 
  public:
   Convolution(const Input<T>& in, const Weight& weight, const Output& output)
@@ -31,20 +37,15 @@ class Convolution {
 
   void run() const {
     const int64_t least = weight_bytes() > 2 * l2_bytes() ? kRows : kLeastRows;
-    const int64_t target = std::max<int64_t>(l2_bytes() * 3 / 5 / bytes_of_tile(), least);
+    int64_t target = l2_bytes() * 3 / 5 / bytes_of_tile();
+    if (kByRows)
+      target = std::min(target, l1_bytes() / (kPatch * (inputs() + kBlocks) * kBlock * 4));
+    target = std::max(target, least);
     if (worth_groups(target)) return by_group(Tiling(in_.N, in_.H, in_.W, kTile, target));
-    // Small groups, a row of tiles where that is not too little: threads share them out.
+    // Small groups, a row of tiles where that is not too little: ranges are of whole groups.
     const int64_t across = ceil_div(in_.W, kTile), of_map = across * ceil_div(in_.H, kTile);
     const int64_t few = of_map <= 2 * kRows ? of_map : std::clamp<int64_t>(across, 8, 2 * kRows);
-    const Tiling tiling(in_.N, in_.H, in_.W, kTile, few);
-    const int64_t threads = torch::stable::get_num_threads();
-    const int64_t tiles = tiling.count() * tiling.max_tiles();
-    const int64_t most = std::min(batch_tiles(), kMostRange);
-    const int64_t ranges = threads * ceil_div(tiles, threads * most);
-    if (tiles >= ranges * kLeastRange)
-      by_range(tiling, ranges);
-    else
-      by_stage(tiling);
+    by_range(Tiling(in_.N, in_.H, in_.W, kTile, few));
   }
 
   // Whether groups of `target` tiles should stay with a thread.
@@ -54,8 +55,8 @@ class Convolution {
   }
   // What is in L2 at a time: a group's tiles, its outputs, and what the next one reads.
   int64_t bytes_of_tile() const {
-    return kPoints * (inputs() + outputs()) * kBlock * 4 + reader_.bytes_of_tile() +
-           output_.bytes_of_tile();
+    return kPatch * (kByRows ? kTile : kPatch) * (inputs() + outputs()) * kBlock * 4 +
+           reader_.bytes_of_tile() + output_.bytes_of_tile();
   }
 
   // The steps of by_group: the transformed weights, then group by group.
@@ -67,24 +68,50 @@ class Convolution {
     });
   }
   int64_t scratch_floats(const Tiling& tiling) const {
-    return Panels::floats(kPoints, inputs(), tiling.max_tiles()) +
-           Panels::floats(kPoints, outputs(), tiling.max_tiles()) +
-           Reader<InputTransform<kTile>, T>::scratch_floats(tiling);
+    const int64_t tiles = tiling.max_tiles();
+    if (kByRows)
+      return reader_.columns_floats(tiling) + Panels::floats(kPatch * kTile, outputs(), tiles) +
+             Panels::floats(kPatch, inputs(), tiles) + Panels::floats(kPatch, kBlocks, tiles) +
+             reader_.patch_floats(tiling);
+    return Panels::floats(kPoints, inputs(), tiles) + Panels::floats(kPoints, outputs(), tiles) +
+           reader_.scratch_floats(tiling);
   }
   void convolve_group(const Tiling& tiling, int64_t g, const float* u, float* scratch,
                       Prefetch& lines) const {
     const Tiling::Group group = tiling.group(g);
-    const Panels v{scratch, inputs(), group.tiles()};
-    const Panels m{scratch + Panels::floats(kPoints, inputs(), group.tiles()), outputs(),
-                   group.tiles()};
-    reader_.read(group, 0, inputs(), v, 0,
-                 m.data + Panels::floats(kPoints, outputs(), group.tiles()));
-    for (int p = 0; p < kPoints; ++p) {
-      lines.advance(kPoints);
-      multiply(v.at(p, 0), v.block(), u + p * u_plane(), in_.C, m.at(p, 0), m.block(), outputs(),
-               group.tiles(), false);
+    const int64_t inputs = this->inputs(), outputs = this->outputs(), tiles = group.tiles();
+    const auto take = [&](int64_t floats) { return std::exchange(scratch, scratch + floats); };
+    const auto panels = [&](int64_t points, int64_t blocks) {
+      return Panels{take(Panels::floats(points, blocks, tiles)), blocks, tiles};
+    };
+    if constexpr (kByRows) {
+      float* z = take(reader_.columns_floats(tiling));
+      const RowPanels rows{panels(kPatch * kTile, outputs)};
+      const Panels v = panels(kPatch, inputs), m = panels(kPatch, kBlocks);
+      reader_.read_columns(group, z, scratch);
+      for (int i = 0; i < kPatch; ++i) {
+        reader_.read_row(group, i, z, v);
+        for (int64_t n = 0; n < outputs; n += kBlocks) {
+          const int64_t count = std::min<int64_t>(kBlocks, outputs - n);
+          for (int j = 0; j < kPatch; ++j) {
+            lines.advance(kPoints * ceil_div(outputs, kBlocks));
+            multiply(v.at(j, 0), v.block(), u + (i * kPatch + j) * u_plane() + n * in_.C * kBlock,
+                     in_.C, m.at(j, 0), m.block(), count, tiles, false);
+          }
+          transform_products<kTile>(m, count, rows.at(i * kTile, n), rows.plane());
+        }
+      }
+      output_.write(group, g, 0, outputs, rows, 0);
+    } else {
+      const Panels v = panels(kPoints, inputs), m = panels(kPoints, outputs);
+      reader_.read(group, 0, inputs, v, 0, scratch);
+      for (int p = 0; p < kPoints; ++p) {
+        lines.advance(kPoints);
+        multiply(v.at(p, 0), v.block(), u + p * u_plane(), in_.C, m.at(p, 0), m.block(), outputs,
+                 tiles, false);
+      }
+      output_.write(group, g, 0, outputs, m, 0);
     }
-    output_.write(group, g, 0, outputs(), m, 0);
   }
   void prefetch_input(const Tiling::Group& group, Prefetch& lines) const {
     reader_.prefetch(group, lines);
@@ -112,65 +139,51 @@ class Convolution {
     });
   }
 
-  // Transformed tiles held at a time.
-  int64_t batch_tiles() const {
-    return std::max<int64_t>(1, kBatchBytes / (kPoints * inputs() * kBlock * 4));
+  // Ranges of tiles, and into how many parts the outputs go for each, so that there is a task for
+  // each thread. A task transforms tiles and weights for itself: what takes least.
+  struct Tasks {
+    int64_t ranges, parts;
+  };
+  Tasks tasks(int64_t tiles) const {
+    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t fit = kBatchBytes / (kPoints * inputs() * kBlock * 4);
+    const int64_t most = std::clamp<int64_t>(fit, 1, kMostRange);
+    const int64_t fewest = std::max<int64_t>(1, ceil_div(tiles, most));
+    Tasks best{};
+    double least = 0;
+    for (int64_t ranges = fewest; ranges <= fewest + threads; ++ranges) {
+      const int64_t parts = std::min(ceil_div(threads, ranges), ceil_div(outputs(), kBlocks));
+      const double of_tiles = static_cast<double>(tiles) / ranges;
+      const double of_outputs = static_cast<double>(outputs()) / parts;
+      const double products = of_tiles * of_outputs * kPoints * kBlock / 2;
+      const double cost = ceil_div(ranges * parts, threads) *
+                          (products + of_tiles * kTileCycles + of_outputs * kWeightCycles);
+      if (best.ranges == 0 || cost < least) least = cost, best = {ranges, parts};
+    }
+    return best;
   }
 
-  void by_range(const Tiling& tiling, int64_t ranges) const {
+  void by_range(const Tiling& tiling) const {
     output_.prepare(tiling);
-    const int64_t inputs = this->inputs(), outputs = this->outputs();
-    torch::stable::parallel_for(0, ranges, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t range = begin; range < end; ++range) {
+    const int64_t inputs = this->inputs(), columns = ceil_div(outputs(), kBlocks);
+    const auto [ranges, parts] = tasks(tiling.count() * tiling.max_tiles());
+    torch::stable::parallel_for(0, ranges * parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t range = task / parts, part = task % parts;
         const int64_t first = tiling.count() * range / ranges;
-        const int64_t last = tiling.count() * (range + 1) / ranges;
-        const std::vector<int64_t> offsets = tiling.offsets(first, last);
+        const std::vector<int64_t> offsets =
+            tiling.offsets(first, tiling.count() * (range + 1) / ranges);
         const int64_t tiles = offsets.back(), v_floats = Panels::floats(kPoints, inputs, tiles);
         float* scratch = thread_workspace().get(
-            v_floats + std::max(Reader<InputTransform<kTile>, T>::scratch_floats(tiling),
-                                outputs_floats(tiles)));
+            v_floats + std::max(reader_.scratch_floats(tiling), outputs_floats(tiles)));
         const Panels v{scratch, inputs, tiles};
-        for (int64_t g = first; g < last; ++g)
-          reader_.read(tiling.group(g), 0, inputs, v, offsets[g - first], scratch + v_floats);
-        for (int64_t block = 0; block < outputs; block += kBlocks)
-          outputs_of(tiling, v, offsets, first, 0, last - first, block,
-                     std::min<int64_t>(block + kBlocks, outputs), scratch + v_floats);
+        for (size_t g = 0; g + 1 < offsets.size(); ++g)
+          reader_.read(tiling.group(first + g), 0, inputs, v, offsets[g], scratch + v_floats);
+        for (int64_t c = columns * part / parts; c < columns * (part + 1) / parts; ++c)
+          outputs_of(tiling, v, offsets, first, c * kBlocks,
+                     std::min<int64_t>((c + 1) * kBlocks, outputs()), scratch + v_floats);
       }
     });
-  }
-
-  void by_stage(const Tiling& tiling) const {
-    output_.prepare(tiling);
-    const int64_t inputs = this->inputs(), outputs = this->outputs();
-    const int64_t batch = std::max<int64_t>(1, batch_tiles() / tiling.max_tiles());  // groups
-    for (int64_t first = 0; first < tiling.count(); first += batch) {
-      const int64_t last = std::min(first + batch, tiling.count());
-      const std::vector<int64_t> offsets = tiling.offsets(first, last);
-      const int64_t tiles = offsets.back();
-      const Panels v{shared_workspace().get(Panels::floats(kPoints, inputs, tiles)), inputs, tiles};
-      torch::stable::parallel_for(0, (last - first) * inputs, 1, [&](int64_t begin, int64_t end) {
-        float* scratch =
-            thread_workspace().get(Reader<InputTransform<kTile>, T>::scratch_floats(tiling));
-        for (int64_t task = begin; task < end; ++task) {
-          const int64_t g = task / inputs, b = task % inputs;
-          reader_.read(tiling.group(first + g), b, b + 1, v, offsets[g], scratch);
-        }
-      });
-      // A task: kBlocks blocks of outputs by about as many tiles as a range has.
-      const int64_t per_range = std::max<int64_t>(1, kMostRange / tiling.max_tiles());
-      const int64_t ranges = ceil_div(last - first, per_range);
-      const int64_t columns = ceil_div(outputs, kBlocks);
-      torch::stable::parallel_for(0, columns * ranges, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t task = begin; task < end; ++task) {
-          const int64_t block = task / ranges * kBlocks;
-          const int64_t g0 = task % ranges * per_range;
-          const int64_t g1 = std::min(g0 + per_range, last - first);
-          outputs_of(tiling, v, offsets, first, g0, g1, block,
-                     std::min<int64_t>(block + kBlocks, outputs),
-                     thread_workspace().get(outputs_floats(offsets[g1] - offsets[g0])));
-        }
-      });
-    }
   }
 
   // Inputs whose transformed weights are in L2 at a time.
@@ -184,26 +197,23 @@ class Convolution {
            kPoints * (kBlocks * depth() * kBlock + kBlock);
   }
 
-  // Blocks [begin, end) of outputs of groups first + [g0, g1).
+  // Blocks [begin, end) of outputs of a range of groups from `first` on.
   void outputs_of(const Tiling& tiling, const Panels& v, const std::vector<int64_t>& offsets,
-                  int64_t first, int64_t g0, int64_t g1, int64_t begin, int64_t end,
-                  float* scratch) const {
-    const int64_t tiles = offsets[g1] - offsets[g0], blocks = end - begin, depth = this->depth();
+                  int64_t first, int64_t begin, int64_t end, float* scratch) const {
+    const int64_t blocks = end - begin, depth = this->depth();
     const int64_t u_plane = blocks * depth * kBlock + kBlock;
-    const Panels m{scratch, blocks, tiles};
-    float* u = scratch + Panels::floats(kPoints, blocks, tiles);
+    const Panels m{scratch, blocks, v.tiles};
+    float* u = scratch + Panels::floats(kPoints, blocks, v.tiles);
     for (int64_t k = 0; k < in_.C; k += depth) {
       const int64_t count = std::min(depth, in_.C - k);
       for (int64_t b = 0; b < blocks; ++b)
         transform_weight<kTile>(weight_, k, k + count, begin + b, u + b * count * kBlock, u_plane);
       for (int p = 0; p < kPoints; ++p)
-        multiply(v.at(p, k / kBlock, offsets[g0]), v.block(), u + p * u_plane, count, m.at(p, 0),
-                 m.block(), blocks, tiles, k > 0);
+        multiply(v.at(p, k / kBlock), v.block(), u + p * u_plane, count, m.at(p, 0), m.block(),
+                 blocks, v.tiles, k > 0);
     }
-    for (int64_t g = g0; g < g1; ++g) {
-      const Tiling::Group group = tiling.group(first + g);
-      output_.write(group, first + g, begin, end, m, offsets[g] - offsets[g0]);
-    }
+    for (size_t g = 0; g + 1 < offsets.size(); ++g)
+      output_.write(tiling.group(first + g), first + g, begin, end, m, offsets[g]);
   }
 
   const Input<T>& in_;
@@ -223,7 +233,7 @@ void convolution_bwd(const Input<T>& x, const Input<T>& dy, const Weight& weight
   const WeightGrad<kTile, T> of_weight(x, dy, dweight);
   const int64_t tile_bytes = of_input.bytes_of_tile() + of_weight.input_reader().bytes_of_tile();
   const int64_t target = l2_bytes() * 3 / 5 / tile_bytes;
-  if (target < kSharedTiles || !of_input.worth_groups(target)) {
+  if (target < kSharedTiles || !of_weight.by_group_fits() || !of_input.worth_groups(target)) {
     of_weight.run();
     return of_input.run();
   }
@@ -244,7 +254,7 @@ void convolution_bwd(const Input<T>& x, const Input<T>& dy, const Weight& weight
         of_weight.input_reader().prefetch(tiling.group(g), here);
         of_input.convolve_group(tiling, g, u, of_weight.rest(scratch), here);
         if (g + 1 < tiling.count()) of_input.prefetch_input(tiling.group(g + 1), next);
-        of_weight.add_group(tiling, g, scratch, sum, next);
+        of_weight.add_group(tiling, g, scratch, next);
       });
     }
   });

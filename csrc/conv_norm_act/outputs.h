@@ -1,5 +1,6 @@
 // From Winograd's domain to maps: where a convolution's output goes. write(): blocks [begin, end)
-// of output channels of a group, from tiles [tile, ...) of m, whose first block is `begin`.
+// of output channels of a group, from tiles [tile, ...) of m, whose first block is `begin`: Panels
+// or RowPanels.
 #pragma once
 
 #include <vector>
@@ -9,16 +10,54 @@
 
 namespace fastunet {
 
-// One vector of channels of one tile, [height, width] pixels of which are inside the map, handed on
-// as to(row, column, value).
+// Products whose rows are transformed: of each row of points kTile columns.
+struct RowPanels : Panels {};
+
+// A row of points of the products of `blocks` blocks along the row, to kTile planes of `to`.
+template <int kTile>
+void transform_products(const Panels& m, int64_t blocks, float* to, int64_t plane) {
+  constexpr int kPatch = patch_of(kTile);
+  const int64_t m_plane = m.plane(), count = blocks * m.block();
+  for (int64_t x = 0; x < count; x += kLanes) {
+    vfloat row[kPatch], out[kTile];
+#pragma GCC unroll 8
+    for (int j = 0; j < kPatch; ++j) row[j] = load(m.data + j * m_plane + x);
+    OutputTransform<kTile>::apply(row, out);
+#pragma GCC unroll 8
+    for (int j = 0; j < kTile; ++j) store(to + j * plane + x, out[j]);
+  }
+}
+
+// One vector of channels of one tile, from `from` on in m, handed on as to(row, column, value).
 template <int kTile, class To>
-FASTUNET_INLINE void transform_tile(const float* m, int64_t plane, int64_t height, int64_t width,
+FASTUNET_INLINE void transform_tile(const Panels& m, const float* from, To to) {
+  const int64_t plane = m.plane();
+  transform_square<OutputTransform<kTile>>(
+      [&](int i, int j) { return load(from + (i * patch_of(kTile) + j) * plane); }, to);
+}
+template <int kTile, class To>
+FASTUNET_INLINE void transform_tile(const RowPanels& m, const float* from, To to) {
+  constexpr int kPatch = patch_of(kTile);
+  const int64_t plane = m.plane();
+  for (int j = 0; j < kTile; ++j) {
+    vfloat column[kPatch], out[kTile];
+#pragma GCC unroll 8
+    for (int i = 0; i < kPatch; ++i) column[i] = load(from + (i * kTile + j) * plane);
+    OutputTransform<kTile>::apply(column, out);
+#pragma GCC unroll 8
+    for (int i = 0; i < kTile; ++i) to(i, j, out[i]);
+  }
+}
+
+// The same for a tile of which [height, width] pixels are inside the map.
+template <int kTile, class P, class To>
+FASTUNET_INLINE void transform_tile(const P& m, const float* from, int64_t height, int64_t width,
                                     To to) {
-  const auto from = [&](int i, int j) { return load(m + (i * patch_of(kTile) + j) * plane); };
+  const auto run = [&](auto to) { transform_tile<kTile>(m, from, to); };
   if (height >= kTile && width >= kTile)
-    transform_square<OutputTransform<kTile>>(from, to);
+    run(to);
   else
-    transform_square<OutputTransform<kTile>>(from, [&](int i, int j, vfloat value) {
+    run([&](int i, int j, vfloat value) {
       if (i < height && j < width) to(i, j, value);
     });
 }
@@ -61,13 +100,14 @@ struct RawOutput {
     lines.add(y.read_only(), g.n, g.h, g.h + g.height, g.w, g.w + g.width);
   }
 
-  void write(const Tiling::Group& g, int64_t index, int64_t begin, int64_t end, const Panels& m,
+  template <class P>
+  void write(const Tiling::Group& g, int64_t index, int64_t begin, int64_t end, const P& m,
              int64_t first) const {
     for_vectors(begin, end, y.C, m, [&](int64_t c, const float* from, auto lanes) {
       const auto write_tiles = [&](auto value_of) {
         for_tiles_of(g, kTile, first, [&](int64_t tile, int64_t h, int64_t w) {
           T* to = y.at(g.n, h, w) + c;
-          transform_tile<kTile>(from + tile * kBlock, m.plane(), y.H - h, y.W - w,
+          transform_tile<kTile>(m, from + tile * kBlock, y.H - h, y.W - w,
                                 [&](int i, int j, vfloat value) {
                                   store(to + i * y.sh + j * y.sw, value_of(value), lanes);
                                 });
@@ -103,7 +143,8 @@ struct SourceGrad {
     lines.add(source.y, g.n, g.h, g.h + g.height, g.w, g.w + g.width);
   }
 
-  void write(const Tiling::Group& g, int64_t index, int64_t begin, int64_t end, const Panels& m,
+  template <class P>
+  void write(const Tiling::Group& g, int64_t index, int64_t begin, int64_t end, const P& m,
              int64_t first) const {
     const Map<const T>& y = source.y;
     for_vectors(begin, end, dy.C, m, [&](int64_t c, const float* from, auto lanes) {
@@ -112,7 +153,7 @@ struct SourceGrad {
       for_tiles_of(g, kTile, first, [&](int64_t tile, int64_t h, int64_t w) {
         const T* raw = y.at(g.n, h, w) + c;
         T* to = dy.at(g.n, h, w) + c;
-        transform_tile<kTile>(from + tile * kBlock, m.plane(), dy.H - h, dy.W - w,
+        transform_tile<kTile>(m, from + tile * kBlock, dy.H - h, dy.W - w,
                               [&](int i, int j, vfloat dz) {
                                 const vfloat value = load(raw + i * y.sh + j * y.sw, lanes);
                                 const vfloat d = channel.act_bwd(dz, channel.preact(value));
@@ -157,14 +198,15 @@ struct SourceGrads {
     for (const Part& part : parts) raw(part).prefetch_written(g, lines);
   }
 
-  void write(const Tiling::Group& g, int64_t index, int64_t begin, int64_t end, const Panels& m,
+  template <class P>
+  void write(const Tiling::Group& g, int64_t index, int64_t begin, int64_t end, const P& m,
              int64_t tile) const {
     int64_t first = 0;
     for (const Part& part : parts) {
       const int64_t last = first + blocks_of(part.to.C);
       const int64_t from = std::max(begin, first), to = std::min(end, last);
       if (from < to) {
-        const Panels of_part{m.data + (from - begin) * m.block(), m.blocks, m.tiles};
+        const P of_part{Panels{m.data + (from - begin) * m.block(), m.blocks, m.tiles}};
         if (part.sums)
           masked(part).write(g, index, from - first, to - first, of_part, tile);
         else

@@ -73,6 +73,8 @@ struct Panels {
   }
   int64_t plane() const { return (blocks * tiles + 1) * kBlock; }
   int64_t block() const { return tiles * kBlock; }
+  // The same, its first block being number b.
+  Panels counted_from(int64_t b) const { return {data - b * block(), blocks, tiles}; }
   float* at(int64_t point, int64_t b, int64_t tile = 0) const {
     return data + point * plane() + b * block() + tile * kBlock;
   }
@@ -148,22 +150,20 @@ void transform_columns(const float* patch, int64_t columns, float* z) {
   }
 }
 
-// Then along its rows, tile by tile, to where the products read it.
+// Then one of the rows that this gave, z, [columns][16], tile by tile to a row of kOut points.
 template <class Transform>
-void transform_rows(const float* z, int64_t columns, int64_t tiles, float* v, int64_t plane) {
+void transform_row(const float* z, int64_t tiles, float* v, int64_t plane) {
   constexpr int kIn = Transform::kIn, kOut = Transform::kOut, kTile = Transform::kTile;
-  for (int i = 0; i < kOut; ++i, z += columns * kBlock, v += kOut * plane) {
-    for (int64_t t = 0; t < tiles; ++t)
+  for (int64_t t = 0; t < tiles; ++t)
 #pragma GCC unroll 2
-      for (int c = 0; c < kBlock; c += kLanes) {
-        vfloat d[kIn], out[kOut];
+    for (int c = 0; c < kBlock; c += kLanes) {
+      vfloat d[kIn], out[kOut];
 #pragma GCC unroll 8
-        for (int j = 0; j < kIn; ++j) d[j] = load(z + (t * kTile + j) * kBlock + c);
-        Transform::apply(d, out);
+      for (int j = 0; j < kIn; ++j) d[j] = load(z + (t * kTile + j) * kBlock + c);
+      Transform::apply(d, out);
 #pragma GCC unroll 8
-        for (int j = 0; j < kOut; ++j) store(v + j * plane + t * kBlock + c, out[j]);
-      }
-  }
+      for (int j = 0; j < kOut; ++j) store(v + j * plane + t * kBlock + c, out[j]);
+    }
 }
 
 // Transforms sources to panels, a group of tiles at a time.
@@ -175,25 +175,45 @@ class Reader {
   explicit Reader(const Input<T>& input) : in_(input) {}
 
   static int64_t scratch_floats(const Tiling& tiling) {
-    return 2 * kOut * (tiling.columns * kTile + 2) * kBlock;
+    return kOut * row_floats(tiling.columns) + patch_floats(tiling);
   }
 
   // Blocks [begin, end) of channels of a group, to tiles [tile, tile + group.tiles()) of v.
   void read(const Tiling::Group& g, int64_t begin, int64_t end, const Panels& v, int64_t tile,
             float* scratch) const {
-    const int64_t columns = g.columns * kTile + 2 * Transform::kHalo;
+    const int64_t row = row_floats(g.columns);
     float* z = scratch;
-    Patch patch{scratch + kOut * columns * kBlock, {}, 0};
-    for (int64_t b = begin; b < end; ++b) {
-      for (auto& rows : patch.rows) rows.low_row = rows.high_row = -1;
-      for (int64_t r = 0; r < g.rows; ++r) {
-        const int64_t h = g.h + r * kTile - Transform::kHalo, w = g.w - Transform::kHalo;
-        patch.made = r == 0 ? 0 : Transform::kIn - kTile;
-        transform_block(b * kBlock, g.n, h, w, columns, z, patch);
-        transform_rows<Transform>(z, columns, g.columns, v.at(0, b, tile + r * g.columns),
-                                  v.plane());
-      }
-    }
+    for (int64_t b = begin; b < end; ++b)
+      transform_block(
+          g, b, scratch + kOut * row, [&](int64_t) { return z; },
+          [&](int64_t r) {
+            for (int i = 0; i < kOut; ++i)
+              transform_row<Transform>(z + i * row, g.columns,
+                                       v.at(i * kOut, b, tile + r * g.columns), v.plane());
+          });
+  }
+
+  // The same in two steps, so that only a row of the points is there at a time. All channels of a
+  // group down their columns, to z, [blocks][rows of tiles][kOut][columns][16]; `scratch`:
+  // patch_floats.
+  int64_t columns_floats(const Tiling& tiling) const {
+    return blocks_of(in_.C) * tiling.rows * kOut * row_floats(tiling.columns);
+  }
+  static int64_t patch_floats(const Tiling& tiling) {
+    return Transform::kIn * row_floats(tiling.columns);
+  }
+  void read_columns(const Tiling::Group& g, float* z, float* scratch) const {
+    const int64_t rows = kOut * row_floats(g.columns);
+    for (int64_t b = 0; b < blocks_of(in_.C); ++b, z += g.rows * rows)
+      transform_block(g, b, scratch, [&](int64_t r) { return z + r * rows; }, [](int64_t) {});
+  }
+  // Then row i of the points, to v's kOut points.
+  void read_row(const Tiling::Group& g, int i, const float* z, const Panels& v) const {
+    const int64_t row = row_floats(g.columns);
+    z += i * row;
+    for (int64_t b = 0; b < blocks_of(in_.C); ++b)
+      for (int64_t r = 0; r < g.rows; ++r, z += kOut * row)
+        transform_row<Transform>(z, g.columns, v.at(0, b, r * g.columns), v.plane());
   }
 
   // Of the sources, for a tile in a row of tiles.
@@ -234,6 +254,24 @@ class Reader {
     std::array<typename Resample<T>::Rows, 2> rows;  // of each source
     int made;
   };
+
+  // Of a row of tiles, one block of channels.
+  static int64_t row_floats(int64_t columns) {
+    return (columns * kTile + 2 * Transform::kHalo) * kBlock;
+  }
+
+  // A block of a group down its columns, row of tiles by row of tiles: of row r to z_of(r), then
+  // done(r).
+  template <class Z, class Done>
+  void transform_block(const Tiling::Group& g, int64_t b, float* scratch, Z z_of, Done done) const {
+    Patch patch{scratch, {}, 0};
+    for (int64_t r = 0; r < g.rows; ++r) {
+      patch.made = r == 0 ? 0 : Transform::kIn - kTile;
+      transform_block(b * kBlock, g.n, g.h + r * kTile - Transform::kHalo, g.w - Transform::kHalo,
+                      row_floats(g.columns) / kBlock, z_of(r), patch);
+      done(r);
+    }
+  }
 
   void transform_block(int64_t first, int64_t n, int64_t h, int64_t w, int64_t columns, float* z,
                        Patch& patch) const {

@@ -1,11 +1,17 @@
 // The weight's gradient of a 3x3 convolution by Winograd's algorithm.
 //
-// By group, for large maps of few channels: a thread adds up its groups of tiles. By stage, for
-// small maps of many channels: all threads transform a batch of tiles, then each takes blocks of
-// the weight.
+// Tiles go in a fixed number of shares, each with a sum of its own, which are added up at last: the
+// result does not depend on the number of threads.
+// * by group: a group of tiles at a time, the products of all pairs of blocks staying in Winograd's
+//   domain and in L2 for a share. For large maps of few channels.
+// * by share: batches of tiles, pair by pair. For more channels, whose sums are few and large:
+//   inputs and outputs are then divided as well, so that there is a task for each thread.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
+
+#include <bit>
+#include <utility>
 
 #include "common/workspace.h"
 #include "conv_norm_act/tiles.h"
@@ -16,62 +22,68 @@ namespace fastunet {
 // The weight's gradient, [O, I, 3, 3] dense, from the input and the output's gradient.
 template <int kTile, class T>
 class WeightGrad {
-  static constexpr int kPoints = points_of(kTile);
+  static constexpr int kPatch = patch_of(kTile), kPoints = points_of(kTile);
 
  public:
   WeightGrad(const Input<T>& x, const Input<T>& dy, float* dweight)
       : x_(x), dy_(dy), dweight_(dweight), read_x_(x), read_dy_(dy) {}
 
   void run() const {
-    const int64_t inputs = blocks_of(x_.C), outputs = blocks_of(dy_.C);
-    const int64_t tile_bytes = kPoints * (inputs + outputs) * kBlock * 4;
     const int64_t tiles = x_.N * ceil_div(x_.H, kTile) * ceil_div(x_.W, kTile);
-    const int64_t target = l2_bytes() * 3 / 5 / tile_bytes;
-    if (target >= kGradTiles && tiles >= 8 * target)
+    const int64_t blocks = blocks_of(x_.C) + blocks_of(dy_.C);
+    const int64_t target = std::min(l2_bytes() * 3 / 5 / (kPatch * kTile * blocks * kBlock * 4),
+                                    l1_bytes() / (kPatch * blocks * kBlock * 4));
+    if (by_group_fits() && target >= kGradTiles && tiles >= 8 * target)
       by_group(Tiling(x_.N, x_.H, x_.W, kTile, target));
     else
-      by_stage(Tiling(x_.N, x_.H, x_.W, kTile, 32));
+      by_share(Tiling(x_.N, x_.H, x_.W, kTile, 32));
   }
 
-  // The steps of by_group: sums over the groups of each of a fixed number of shares, added up at
-  // last.
+  // Whether the products of all pairs can stay in L2.
+  bool by_group_fits() const { return pairs() * product_floats() * 4 <= l2_bytes() * 3 / 10; }
+  // The steps of by_group: sums over the groups of each of `shares`.
   static int64_t shares(const Tiling& tiling) { return std::min<int64_t>(tiling.count(), 16); }
   // [blocks of outputs][inputs][taps][16]
   int64_t sum_floats() const { return blocks_of(dy_.C) * sum_block(); }
   int64_t scratch_floats(const Tiling& tiling) const {
-    return Panels::floats(kPoints, blocks_of(x_.C), tiling.max_tiles()) +
-           Panels::floats(kPoints, blocks_of(dy_.C), tiling.max_tiles()) + kept_floats() +
-           reader_floats(tiling);
+    return products_floats() + read_x_.columns_floats(tiling) + read_dy_.columns_floats(tiling) +
+           Panels::floats(kPatch, blocks_of(x_.C), tiling.max_tiles()) +
+           Panels::floats(kPatch, blocks_of(dy_.C), tiling.max_tiles()) +
+           read_x_.patch_floats(tiling);
   }
-  // f(group) for the groups of a share, whose sum is zero before and complete behind it.
+  // f(group) for the groups of a share, whose sum is complete behind it.
   template <class F>
   void for_share(const Tiling& tiling, int64_t share, float* scratch, float* sum, F f) const {
     std::fill_n(sum, sum_floats(), 0.0f);
-    if (keeps_products()) std::fill_n(scratch, kept_floats(), 0.0f);
+    std::fill_n(scratch, products_floats(), 0.0f);
     const int64_t count = tiling.count(), all = shares(tiling);
     for (int64_t g = count * share / all; g < count * (share + 1) / all; ++g) f(g);
-    if (keeps_products())
-      for_pairs([&](int64_t i, int64_t o, int64_t pair) {
-        add_transformed(scratch + pair * product_floats(), i, o, sum);
-      });
+    for_pairs([&](int64_t i, int64_t o, float* product) { add_transformed(product, i, o, sum); },
+              scratch);
   }
   // `rest`: of the scratch, behind what for_share keeps.
-  float* rest(float* scratch) const { return scratch + kept_floats(); }
-  void add_group(const Tiling& tiling, int64_t g, float* scratch, float* sum,
-                 Prefetch& lines) const {
-    const int64_t inputs = blocks_of(x_.C), outputs = blocks_of(dy_.C);
+  float* rest(float* scratch) const { return scratch + products_floats(); }
+  void add_group(const Tiling& tiling, int64_t g, float* scratch, Prefetch& lines) const {
     const Tiling::Group group = tiling.group(g);
-    const Panels v{rest(scratch), inputs, group.tiles()};
-    const Panels d{v.data + Panels::floats(kPoints, inputs, group.tiles()), outputs, group.tiles()};
-    float* reading = d.data + Panels::floats(kPoints, outputs, group.tiles());
-    read_x_.read(group, 0, inputs, v, 0, reading);
-    read_dy_.read(group, 0, outputs, d, 0, reading);
-    for_pairs([&](int64_t i, int64_t o, int64_t pair) {
-      const bool keep = keeps_products();
-      float* product = scratch + (keep ? pair * product_floats() : 0);
-      multiply(v, d, i, o, product, keep, lines);
-      if (!keep) add_transformed(product, i, o, sum);
-    });
+    float* next = rest(scratch);
+    const auto take = [&](int64_t floats) { return std::exchange(next, next + floats); };
+    const auto panels = [&](int64_t blocks) {
+      return Panels{take(Panels::floats(kPatch, blocks, group.tiles())), blocks, group.tiles()};
+    };
+    float* zx = take(read_x_.columns_floats(tiling));
+    float* zd = take(read_dy_.columns_floats(tiling));
+    const Panels v = panels(blocks_of(x_.C)), d = panels(blocks_of(dy_.C));
+    read_x_.read_columns(group, zx, next);
+    read_dy_.read_columns(group, zd, next);
+    for (int r = 0; r < kPatch; ++r) {
+      read_x_.read_row(group, r, zx, v);
+      read_dy_.read_row(group, r, zd, d);
+      for_pairs(
+          [&](int64_t i, int64_t o, float* product) {
+            multiply(v, d, i, o, product + r * kPatch * kProductPlane, kPatch, true, lines);
+          },
+          scratch);
+    }
   }
   // The sums of all shares, to the weight's layout. They may be where that is.
   void finish(const float* sums, int64_t shares) const {
@@ -102,60 +114,80 @@ class WeightGrad {
     float* sums = shared_workspace().get(shares(tiling) * sum_floats());
     torch::stable::parallel_for(0, shares(tiling), 1, [&](int64_t begin, int64_t end) {
       float* scratch = thread_workspace().get(scratch_floats(tiling));
-      for (int64_t share = begin; share < end; ++share) {
-        float* sum = sums + share * sum_floats();
-        for_share(tiling, share, scratch, sum, [&](int64_t g) {
+      for (int64_t share = begin; share < end; ++share)
+        for_share(tiling, share, scratch, sums + share * sum_floats(), [&](int64_t g) {
           Prefetch none;
-          add_group(tiling, g, scratch, sum, none);
+          add_group(tiling, g, scratch, none);
         });
-      }
     });
     finish(sums, shares(tiling));
   }
 
-  void by_stage(const Tiling& tiling) const {
-    const int64_t inputs = blocks_of(x_.C), outputs = blocks_of(dy_.C);
-    const int64_t fit = kGradBatchBytes / (kPoints * (inputs + outputs) * kBlock * 4);
+  void by_share(const Tiling& tiling) const {
+    const int64_t inputs = blocks_of(x_.C), columns = ceil_div(blocks_of(dy_.C), kBlocks);
+    const int64_t most =
+        std::min(kSumBytes / (sum_floats() * 4), tiling.count() * tiling.max_tiles() / kShareTiles);
+    const int64_t shares = std::bit_floor<uint64_t>(std::clamp<int64_t>(most, 1, 16));
+    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t o_parts = std::min(ceil_div(threads, shares), columns);
+    const int64_t i_parts = std::min(ceil_div(threads, shares * o_parts), inputs);
+    // A single sum, as large as the weight, is added up where its end result goes.
+    const bool in_place = shares == 1 && dy_.C % kBlock == 0;
+    float* sums = in_place ? dweight_ : shared_workspace().get(shares * sum_floats());
+    const int64_t parts = i_parts * o_parts;
+    torch::stable::parallel_for(0, shares * parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t share = task / parts, i = task % parts / o_parts, o = task % o_parts;
+        const auto part = [](int64_t count, int64_t index, int64_t of) {
+          return std::pair{count * index / of, count * (index + 1) / of};
+        };
+        const auto [o0, o1] = part(columns, o, o_parts);
+        add_groups(tiling, part(tiling.count(), share, shares), part(inputs, i, i_parts),
+                   {o0 * kBlocks, std::min<int64_t>(o1 * kBlocks, blocks_of(dy_.C))},
+                   sums + share * sum_floats());
+      }
+    });
+    finish(sums, shares);
+  }
+
+  // A range of groups to a range of blocks of inputs and outputs of a sum.
+  using Range = std::pair<int64_t, int64_t>;
+  void add_groups(const Tiling& tiling, Range groups, Range inputs, Range outputs,
+                  float* sum) const {
+    const auto [i0, i1] = inputs;
+    const auto [o0, o1] = outputs;
+    const int64_t fit = kGradBatchBytes / (kPoints * (i1 - i0 + o1 - o0) * kBlock * 4);
     const int64_t batch = std::max<int64_t>(1, fit / tiling.max_tiles());
-    const int64_t most = std::min(batch, tiling.count()) * tiling.max_tiles();
-    // The sum, as large as the weight, is added up where its end result goes.
-    const bool in_place = dy_.C % kBlock == 0;
-    float* panels = shared_workspace().get((in_place ? 0 : sum_floats()) +
-                                           Panels::floats(kPoints, inputs, most) +
-                                           Panels::floats(kPoints, outputs, most));
-    float* sums = dweight_;
-    if (!in_place) sums = panels, panels += sum_floats();
-    std::fill_n(sums, sum_floats(), 0.0f);
-    for (int64_t first = 0; first < tiling.count(); first += batch) {
-      const int64_t last = std::min(first + batch, tiling.count());
-      const std::vector<int64_t> offsets = tiling.offsets(first, last);
+    const int64_t most = std::min(batch, groups.second - groups.first) * tiling.max_tiles();
+    const int64_t v_floats = Panels::floats(kPoints, i1 - i0, most);
+    float* product = thread_workspace().get(product_floats() + v_floats +
+                                            Panels::floats(kPoints, o1 - o0, most) +
+                                            read_x_.scratch_floats(tiling));
+    float* const v_data = product + product_floats();
+    float* const d_data = v_data + v_floats;
+    const int64_t count = std::min(i1 * kBlock, x_.C) - i0 * kBlock;
+    for (int64_t o = o0; o < o1; ++o)
+      std::fill_n(sum + o * sum_block() + i0 * kBlock * kTaps * kBlock, count * kTaps * kBlock,
+                  0.0f);
+    Prefetch none;
+    for (int64_t first = groups.first; first < groups.second; first += batch) {
+      const std::vector<int64_t> offsets =
+          tiling.offsets(first, std::min(first + batch, groups.second));
       const int64_t tiles = offsets.back();
-      const Panels v{panels, inputs, tiles};
-      const Panels d{v.data + Panels::floats(kPoints, inputs, tiles), outputs, tiles};
-      const int64_t blocks = inputs + outputs;
-      torch::stable::parallel_for(0, (last - first) * blocks, 1, [&](int64_t begin, int64_t end) {
-        float* scratch = thread_workspace().get(reader_floats(tiling));
-        for (int64_t task = begin; task < end; ++task) {
-          const Tiling::Group group = tiling.group(first + task / blocks);
-          const int64_t b = task % blocks, offset = offsets[task / blocks];
-          if (b < inputs)
-            read_x_.read(group, b, b + 1, v, offset, scratch);
-          else
-            read_dy_.read(group, b - inputs, b - inputs + 1, d, offset, scratch);
+      const Panels v = Panels{v_data, i1 - i0, tiles}.counted_from(i0);
+      const Panels d = Panels{d_data, o1 - o0, tiles}.counted_from(o0);
+      float* scratch = d_data + Panels::floats(kPoints, o1 - o0, most);
+      for (size_t g = 0; g + 1 < offsets.size(); ++g) {
+        const Tiling::Group group = tiling.group(first + g);
+        read_x_.read(group, i0, i1, v, offsets[g], scratch);
+        read_dy_.read(group, o0, o1, d, offsets[g], scratch);
+      }
+      for (int64_t o = o0; o < o1; o += kBlocks)
+        for (int64_t i = i0; i < i1; ++i) {
+          multiply(v, d, i, o, product, kPoints, false, none);
+          add_transformed(product, i, o, sum);
         }
-      });
-      const int64_t columns = ceil_div(outputs, kBlocks);
-      torch::stable::parallel_for(0, inputs * columns, 1, [&](int64_t begin, int64_t end) {
-        float* product = thread_workspace().get(product_floats());
-        Prefetch none;
-        for (int64_t task = begin; task < end; ++task) {
-          const int64_t i = task / columns, o = task % columns * kBlocks;
-          multiply(v, d, i, o, product, false, none);
-          add_transformed(product, i, o, sums);
-        }
-      });
     }
-    finish(sums, 1);
   }
 
   static constexpr int64_t kProductRow = kBlocks * kBlock;
@@ -164,22 +196,21 @@ class WeightGrad {
 
   // One block of inputs by kBlocks blocks of outputs is a pair.
   int64_t pairs() const { return blocks_of(x_.C) * ceil_div(blocks_of(dy_.C), kBlocks); }
+  int64_t products_floats() const { return pairs() * product_floats(); }
+  // f(block of inputs, first block of outputs, the pair's products).
   template <class F>
-  void for_pairs(F f) const {
-    int64_t pair = 0;
+  void for_pairs(F f, float* products) const {
     for (int64_t i = 0; i < blocks_of(x_.C); ++i)
-      for (int64_t o = 0; o < blocks_of(dy_.C); o += kBlocks) f(i, o, pair++);
+      for (int64_t o = 0; o < blocks_of(dy_.C); o += kBlocks, products += product_floats())
+        f(i, o, products);
   }
-  // Whether by group the products of all pairs stay in Winograd's domain, and in L2, for a share.
-  bool keeps_products() const { return pairs() * product_floats() * 4 <= l2_bytes() * 3 / 10; }
-  int64_t kept_floats() const { return (keeps_products() ? pairs() : 1) * product_floats(); }
 
-  // product (+)= v's block i by d's blocks from o on, at all points.
-  void multiply(const Panels& v, const Panels& d, int64_t i, int64_t o, float* product, bool add,
-                Prefetch& lines) const {
-    const int64_t count = std::min<int64_t>(kBlocks, d.blocks - o);
+  // product (+)= v's block i by d's blocks from o on, at `points` points.
+  void multiply(const Panels& v, const Panels& d, int64_t i, int64_t o, float* product, int points,
+                bool add, Prefetch& lines) const {
+    const int64_t count = std::min<int64_t>(kBlocks, blocks_of(dy_.C) - o);
     const int64_t inputs = std::min<int64_t>(kBlock, x_.C - i * kBlock);
-    for (int p = 0; p < kPoints; ++p) {
+    for (int p = 0; p < points; ++p) {
       lines.advance(kPoints * pairs());
       correlate(v.at(p, i), inputs, d.at(p, o), d.block(), count, v.tiles,
                 product + p * kProductPlane, kProductRow, add);

@@ -11,15 +11,27 @@
 
 namespace fastunet {
 
-inline int64_t l2_bytes() {
-  static const int64_t bytes = [] {
-    int64_t size = 0;
-#ifdef _SC_LEVEL2_CACHE_SIZE
-    size = sysconf(_SC_LEVEL2_CACHE_SIZE);
+// The size that the system tells, within bounds, or a usual one where it tells none.
+inline int64_t cache_bytes(int64_t told, int64_t least, int64_t most, int64_t usual) {
+  return told > 0 ? std::clamp(told, least, most) : usual;
+}
+
+inline int64_t l1_bytes() {
+  int64_t told = 0;
+#ifdef _SC_LEVEL1_DCACHE_SIZE
+  static const int64_t size = sysconf(_SC_LEVEL1_DCACHE_SIZE);
+  told = size;
 #endif
-    return size > 0 ? std::clamp<int64_t>(size, 256 << 10, 2 << 20) : 512 << 10;
-  }();
-  return bytes;
+  return cache_bytes(told, 32 << 10, 128 << 10, 32 << 10);
+}
+
+inline int64_t l2_bytes() {
+  int64_t told = 0;
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  static const int64_t size = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  told = size;
+#endif
+  return cache_bytes(told, 256 << 10, 2 << 20, 512 << 10);
 }
 
 // Measured on Zen 4 and 5 with 1 MB of L2 per core and 32 MB of L3, see docs/performance-log.md:
@@ -27,13 +39,16 @@ inline int64_t l2_bytes() {
 inline constexpr int64_t kLargeMap = 96 * 96;
 // tiles in a group whose weights stay in L2;
 inline constexpr int64_t kLeastRows = 8;
-// tiles in a range: from 24 on each thread transforms all weights for its own; of 128 two blocks of
-// outputs stay in L2;
-inline constexpr int64_t kLeastRange = 24, kMostRange = 128;
-// transformed tiles held at a time, by a thread or shared by all;
+// tiles in a range: of so many, two blocks of outputs stay in L2;
+inline constexpr int64_t kMostRange = 128;
+// for each block of inputs, cycles to transform a tile, or the weights of a block of outputs;
+inline constexpr double kTileCycles = 600, kWeightCycles = 130 * 16;
+// transformed tiles that a thread holds at a time;
 inline constexpr int64_t kBatchBytes = 8 << 20;
 // the same of both operands of the weight's gradient, which needs no weights again for each batch;
 inline constexpr int64_t kGradBatchBytes = 4 << 20;
+// sums of shares of the weight's gradient, and tiles that are worth a share;
+inline constexpr int64_t kSumBytes = 8 << 20, kShareTiles = 64;
 // transformed weights that groups may stream from L3;
 inline constexpr int64_t kWeightBytes = 12 << 20;
 // tiles in a group from which the weight's gradient, which adds up between groups, works by group.
