@@ -56,8 +56,9 @@ class Convolution {
   // What is in L2 at a time: a group's tiles, its outputs, and what the next one reads.
   int64_t bytes_of_tile() const {
     return kPatch * (kByRows ? kTile : kPatch) * (inputs() + outputs()) * kBlock * 4 +
-           reader_.bytes_of_tile() + output_.bytes_of_tile();
+           map_bytes_of_tile();
   }
+  int64_t map_bytes_of_tile() const { return reader_.bytes_of_tile() + output_.bytes_of_tile(); }
 
   // The steps of by_group: the transformed weights, then group by group.
   int64_t weight_floats() const { return kPoints * u_plane(); }
@@ -125,15 +126,18 @@ class Convolution {
 
   void by_group(const Tiling& tiling) const {
     output_.prepare(tiling);
+    const bool far = tiling.count() * tiling.max_tiles() * map_bytes_of_tile() > kFarBytes;
     float* u = shared_workspace().get(weight_floats());
     transform_weights(u);
     torch::stable::parallel_for(0, tiling.count(), 1, [&](int64_t begin, int64_t end) {
       float* scratch = thread_workspace().get(scratch_floats(tiling));
       for (int64_t g = begin; g < end; ++g) {
         Prefetch lines;
-        output_.prefetch_read(tiling.group(g), lines);
-        output_.prefetch_written(tiling.group(g), lines);
-        if (g + 1 < end) prefetch_input(tiling.group(g + 1), lines);
+        if (far) {
+          output_.prefetch_read(tiling.group(g), lines);
+          output_.prefetch_written(tiling.group(g), lines);
+          if (g + 1 < end) prefetch_input(tiling.group(g + 1), lines);
+        }
         convolve_group(tiling, g, u, scratch, lines);
       }
     });
@@ -231,7 +235,8 @@ void convolution_bwd(const Input<T>& x, const Input<T>& dy, const Weight& weight
   const Convolution<kTile, T, Output> of_input(dy, weight, output);
   if (!dweight) return of_input.run();
   const WeightGrad<kTile, T> of_weight(x, dy, dweight);
-  const int64_t tile_bytes = of_input.bytes_of_tile() + of_weight.input_reader().bytes_of_tile();
+  const Reader<InputTransform<kTile>, T>& x_reader = of_weight.input_reader();
+  const int64_t tile_bytes = of_input.bytes_of_tile() + x_reader.bytes_of_tile();
   const int64_t target = l2_bytes() * 3 / 5 / tile_bytes;
   if (target < kSharedTiles || !of_weight.by_group_fits() || !of_input.worth_groups(target)) {
     of_weight.run();
@@ -239,6 +244,8 @@ void convolution_bwd(const Input<T>& x, const Input<T>& dy, const Weight& weight
   }
   const Tiling tiling(dy.N, dy.H, dy.W, kTile, target);
   output.prepare(tiling);
+  const int64_t map_bytes = of_input.map_bytes_of_tile() + x_reader.bytes_of_tile();
+  const bool far = tiling.count() * tiling.max_tiles() * map_bytes > kFarBytes;
   const int64_t shares = of_weight.shares(tiling);
   float* u = shared_workspace().get(of_input.weight_floats() + shares * of_weight.sum_floats());
   float* sums = u + of_input.weight_floats();
@@ -250,10 +257,12 @@ void convolution_bwd(const Input<T>& x, const Input<T>& dy, const Weight& weight
       float* sum = sums + share * of_weight.sum_floats();
       of_weight.for_share(tiling, share, scratch, sum, [&](int64_t g) {
         Prefetch here, next;
-        output.prefetch_written(tiling.group(g), here);
-        of_weight.input_reader().prefetch(tiling.group(g), here);
+        if (far) {
+          output.prefetch_written(tiling.group(g), here);
+          x_reader.prefetch(tiling.group(g), here);
+          if (g + 1 < tiling.count()) of_input.prefetch_input(tiling.group(g + 1), next);
+        }
         of_input.convolve_group(tiling, g, u, of_weight.rest(scratch), here);
-        if (g + 1 < tiling.count()) of_input.prefetch_input(tiling.group(g + 1), next);
         of_weight.add_group(tiling, g, scratch, next);
       });
     }

@@ -31,22 +31,46 @@ FASTUNET_INLINE void store_one(T& to, acc_t<T> value) {
   store(&to, splat(value), 1);
 }
 
+// P pixels, y the first one's channels: to[k][p], the products with weight, [K, C].
+template <int K, int P, class T>
+FASTUNET_INLINE void head_pixels(const Source<T>& s, const acc_t<T>* weight, int64_t n, const T* y,
+                                 acc_t<T> (*to)[kLanes]) {
+  using A = acc_t<T>;
+  vec<A> sum[K][P] = {};
+  for_tiles(1, s.y.C, [&](int64_t, int64_t, int64_t c, auto lanes) {
+    const Channels<A> channel(s, n, c, lanes);
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) {
+      const vec<A> z = channel(load(y + p * s.y.sw + c, lanes));
+#pragma GCC unroll 8
+      for (int k = 0; k < K; ++k) sum[k][p] += z * load(weight + k * s.y.C + c, lanes);
+    }
+  });
+  for (int k = 0; k < K; ++k)
+    for (int p = 0; p < P; ++p) to[k][p] = sum_lanes<A>(sum[k][p]);
+}
+
 // Row h of sample n. weight: [K, C], bias: [K] or null.
 template <int K, class T>
 void head_row(const Source<T>& s, const acc_t<T>* weight, const acc_t<T>* bias, Logits<T> out,
               int64_t n, int64_t h) {
   using A = acc_t<T>;
-  const int64_t C = s.y.C;
-  for (int64_t w = 0; w < s.y.W; ++w) {
+  for (int64_t w = 0; w < s.y.W; w += kLanes) {
+    const int count = static_cast<int>(std::min<int64_t>(kLanes, s.y.W - w));
     const T* y = s.y.at(n, h, w);
-    vec<A> sum[K] = {};
-    for_tiles(1, C, [&](int64_t, int64_t, int64_t c, auto lanes) {
-      const Channels<A> channel(s, n, c, lanes);
-      const vec<A> z = channel(load(y + c, lanes));
-      for (int k = 0; k < K; ++k) sum[k] += z * load(weight + k * C + c, lanes);
-    });
-    for (int k = 0; k < K; ++k)
-      store_one(out.at(n, k, h, w), sum_lanes<A>(sum[k]) + (bias ? bias[k] : 0));
+    A values[K][kLanes] = {};
+    int p = 0;
+    const auto at = [&] { return reinterpret_cast<A(*)[kLanes]>(&values[0][p]); };
+    for (; p + 4 <= count; p += 4) head_pixels<K, 4>(s, weight, n, y + p * s.y.sw, at());
+    for (; p < count; ++p) head_pixels<K, 1>(s, weight, n, y + p * s.y.sw, at());
+    for (int k = 0; k < K; ++k) {
+      T* to = &out.at(n, k, h, w);
+      const vec<A> logits = load(values[k]) + splat(bias ? bias[k] : A(0));
+      if (out.sw == 1)
+        store(to, logits, count);
+      else
+        for (int i = 0; i < count; ++i) store_one(to[i * out.sw], logits[i]);
+    }
   }
 }
 
