@@ -29,9 +29,9 @@ LARGE = {
     "groups of many samples": conv(
         "instance", Source(3, 40, 44, rows="each", slope=1.0), n=9, slope=1.0
     ),
-    # small maps of many channels: all threads go from stage to stage
-    "stages": conv("batch", Source(150, 21, 18, slope=1.0), out_channels=70, slope=1.0),
-    "stages of a pair": conv(
+    # small maps of many channels: ranges of tiles by parts of the outputs
+    "ranges": conv("batch", Source(150, 21, 18, slope=1.0), out_channels=70, slope=1.0),
+    "ranges of a pair": conv(
         "frozen",
         Source(40, 34, 38, slope=1.0),
         Source(72, 17, 19, NEAREST, rows="each", slope=1.0),
@@ -39,7 +39,7 @@ LARGE = {
         parameters=ALL,
     ),
     # more transformed tiles than are held at a time
-    "batches of stages": conv("none", Source(530, 66, 62, slope=1.0), out_channels=17, n=1),
+    "many ranges": conv("none", Source(530, 66, 62, slope=1.0), out_channels=17, n=1),
     # both gradients from what is read once, in tiles of 6 and of 4
     "shared": conv("batch", Source(20, 191, 203, slope=1.0), out_channels=18, slope=1.0, n=1),
     "shared by a pair": conv(
@@ -51,8 +51,8 @@ LARGE = {
         n=1,
     ),
     "shared in small tiles": conv("frozen", Source(8, 88, 90, slope=1.0), slope=1.0, n=3),
-    # tiles of 6 by stage
-    "large stages": conv("group", Source(150, 100, 101, slope=1.0), out_channels=72, n=1),
+    # tiles of 6 by range
+    "large ranges": conv("group", Source(150, 100, 101, slope=1.0), out_channels=72, n=1),
     "thin": conv("none", Source(4, 1, 700, slope=1.0), Source(3, 1, 700, rows="plain")),
     "transposed": ConvTranspose(Source(20, 50, 70, slope=1.0), 18),
     "transposed, wide": ConvTranspose(Source(130, 12, 300, BILINEAR, slope=1.0), 33),
@@ -64,7 +64,7 @@ def test_oracle(build, name):
     check_dtype(LARGE[name], torch.float32)
 
 
-@pytest.mark.parametrize("name", ["groups of a pair", "stages of a pair", "transposed"])
+@pytest.mark.parametrize("name", ["groups of a pair", "ranges of a pair", "transposed"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half(build, name, dtype):
     check_dtype(LARGE[name], dtype)
@@ -75,7 +75,7 @@ def test_bitwise_over_threads(compiled, threads, name):
     case = LARGE[name]
     tensors = case.tensors()
     results = []
-    for count in (1, 2, 3, 2):
+    for count in (1, 2, 3, 7, 2):  # 7: inputs and outputs in parts as well
         threads(count)
         results.append(evaluate(case.fast, tensors))
     for other in results[1:]:
@@ -106,7 +106,7 @@ def test_any_chain(build, threads, case):
 
 @st.composite
 def large_cases(draw):
-    """Maps of either tile size, by groups, by stages, and with both gradients at once."""
+    """Maps of either tile size, by groups, by ranges, and with both gradients at once."""
     side, channels = st.integers(40, 150), st.sampled_from((1, 3, 16, 17, 40, 70))
     rows = st.sampled_from(("plain", "one", "each"))
     read = Source(draw(channels), draw(side), draw(side), rows=draw(rows), slope=1.0)
