@@ -156,7 +156,9 @@ class WeightGrad {
                   float* sum) const {
     const auto [i0, i1] = inputs;
     const auto [o0, o1] = outputs;
-    const int64_t fit = kGradBatchBytes / (kPoints * (i1 - i0 + o1 - o0) * kBlock * 4);
+    // Of whole inputs and outputs: the order of sums shall not depend on the number of parts.
+    const int64_t blocks = blocks_of(x_.C) + blocks_of(dy_.C);
+    const int64_t fit = kGradBatchBytes / (kPoints * blocks * kBlock * 4);
     const int64_t batch = std::max<int64_t>(1, fit / tiling.max_tiles());
     const int64_t most = std::min(batch, groups.second - groups.first) * tiling.max_tiles();
     const int64_t v_floats = Panels::floats(kPoints, i1 - i0, most);
