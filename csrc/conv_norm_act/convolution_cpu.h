@@ -12,8 +12,6 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include <utility>
-
 #include "common/workspace.h"
 #include "conv_norm_act/outputs.h"
 #include "conv_norm_act/weight.h"
@@ -81,15 +79,13 @@ class Convolution {
                       Prefetch& lines) const {
     const Tiling::Group group = tiling.group(g);
     const int64_t inputs = this->inputs(), outputs = this->outputs(), tiles = group.tiles();
-    const auto take = [&](int64_t floats) { return std::exchange(scratch, scratch + floats); };
-    const auto panels = [&](int64_t points, int64_t blocks) {
-      return Panels{take(Panels::floats(points, blocks, tiles)), blocks, tiles};
-    };
+    Scratch left{scratch};
     if constexpr (kByRows) {
-      float* z = take(reader_.columns_floats(tiling));
-      const RowPanels rows{panels(kPatch * kTile, outputs)};
-      const Panels v = panels(kPatch, inputs), m = panels(kPatch, kBlocks);
-      reader_.read_columns(group, z, scratch);
+      float* z = left.take(reader_.columns_floats(tiling));
+      const RowPanels rows{left.panels(kPatch * kTile, outputs, tiles)};
+      const Panels v = left.panels(kPatch, inputs, tiles);
+      const Panels m = left.panels(kPatch, kBlocks, tiles);
+      reader_.read_columns(group, z, left.rest);
       for (int i = 0; i < kPatch; ++i) {
         reader_.read_row(group, i, z, v);
         for (int64_t n = 0; n < outputs; n += kBlocks) {
@@ -104,8 +100,9 @@ class Convolution {
       }
       output_.write(group, g, 0, outputs, rows, 0);
     } else {
-      const Panels v = panels(kPoints, inputs), m = panels(kPoints, outputs);
-      reader_.read(group, 0, inputs, v, 0, scratch);
+      const Panels v = left.panels(kPoints, inputs, tiles);
+      const Panels m = left.panels(kPoints, outputs, tiles);
+      reader_.read(group, 0, inputs, v, 0, left.rest);
       for (int p = 0; p < kPoints; ++p) {
         lines.advance(kPoints);
         multiply(v.at(p, 0), v.block(), u + p * u_plane(), in_.C, m.at(p, 0), m.block(), outputs,

@@ -4,6 +4,7 @@
 
 #include <array>
 #include <cstring>
+#include <utility>
 
 #include "common/gemm.h"
 #include "common/prefetch.h"
@@ -77,6 +78,15 @@ struct Panels {
   Panels counted_from(int64_t b) const { return {data - b * block(), blocks, tiles}; }
   float* at(int64_t point, int64_t b, int64_t tile = 0) const {
     return data + point * plane() + b * block() + tile * kBlock;
+  }
+};
+
+// Scratch memory, handed out from the front.
+struct Scratch {
+  float* rest;
+  float* take(int64_t floats) { return std::exchange(rest, rest + floats); }
+  Panels panels(int64_t points, int64_t blocks, int64_t tiles) {
+    return {take(Panels::floats(points, blocks, tiles)), blocks, tiles};
   }
 };
 

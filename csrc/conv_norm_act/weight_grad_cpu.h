@@ -65,16 +65,13 @@ class WeightGrad {
   float* rest(float* scratch) const { return scratch + products_floats(); }
   void add_group(const Tiling& tiling, int64_t g, float* scratch, Prefetch& lines) const {
     const Tiling::Group group = tiling.group(g);
-    float* next = rest(scratch);
-    const auto take = [&](int64_t floats) { return std::exchange(next, next + floats); };
-    const auto panels = [&](int64_t blocks) {
-      return Panels{take(Panels::floats(kPatch, blocks, group.tiles())), blocks, group.tiles()};
-    };
-    float* zx = take(read_x_.columns_floats(tiling));
-    float* zd = take(read_dy_.columns_floats(tiling));
-    const Panels v = panels(blocks_of(x_.C)), d = panels(blocks_of(dy_.C));
-    read_x_.read_columns(group, zx, next);
-    read_dy_.read_columns(group, zd, next);
+    Scratch left{rest(scratch)};
+    float* zx = left.take(read_x_.columns_floats(tiling));
+    float* zd = left.take(read_dy_.columns_floats(tiling));
+    const Panels v = left.panels(kPatch, blocks_of(x_.C), group.tiles());
+    const Panels d = left.panels(kPatch, blocks_of(dy_.C), group.tiles());
+    read_x_.read_columns(group, zx, left.rest);
+    read_dy_.read_columns(group, zd, left.rest);
     for (int r = 0; r < kPatch; ++r) {
       read_x_.read_row(group, r, zx, v);
       read_dy_.read_row(group, r, zd, d);

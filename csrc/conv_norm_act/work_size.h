@@ -11,28 +11,21 @@
 
 namespace fastunet {
 
+// Names by which the system tells the sizes of caches; it knows none elsewhere.
+#ifdef _SC_LEVEL2_CACHE_SIZE
+inline constexpr int kL1Name = _SC_LEVEL1_DCACHE_SIZE, kL2Name = _SC_LEVEL2_CACHE_SIZE;
+#else
+inline constexpr int kL1Name = -1, kL2Name = -1;
+#endif
+
 // The size that the system tells, within bounds, or a usual one where it tells none.
-inline int64_t cache_bytes(int64_t told, int64_t least, int64_t most, int64_t usual) {
+template <int kName>
+int64_t cache_bytes(int64_t least, int64_t most, int64_t usual) {
+  static const int64_t told = sysconf(kName);
   return told > 0 ? std::clamp(told, least, most) : usual;
 }
-
-inline int64_t l1_bytes() {
-  int64_t told = 0;
-#ifdef _SC_LEVEL1_DCACHE_SIZE
-  static const int64_t size = sysconf(_SC_LEVEL1_DCACHE_SIZE);
-  told = size;
-#endif
-  return cache_bytes(told, 32 << 10, 128 << 10, 32 << 10);
-}
-
-inline int64_t l2_bytes() {
-  int64_t told = 0;
-#ifdef _SC_LEVEL2_CACHE_SIZE
-  static const int64_t size = sysconf(_SC_LEVEL2_CACHE_SIZE);
-  told = size;
-#endif
-  return cache_bytes(told, 256 << 10, 2 << 20, 512 << 10);
-}
+inline int64_t l1_bytes() { return cache_bytes<kL1Name>(32 << 10, 128 << 10, 32 << 10); }
+inline int64_t l2_bytes() { return cache_bytes<kL2Name>(256 << 10, 2 << 20, 512 << 10); }
 
 // Measured on Zen 4 and 5 with 1 MB of L2 per core and 32 MB of L3, see docs/performance-log.md:
 // pixels of a map from which tiles of 6 are faster;

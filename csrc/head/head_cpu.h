@@ -31,10 +31,10 @@ FASTUNET_INLINE void store_one(T& to, acc_t<T> value) {
   store(&to, splat(value), 1);
 }
 
-// P pixels, y the first one's channels: to[k][p], the products with weight, [K, C].
+// P pixels, y the first one's channels: to[k][at + p], the products with weight, [K, C].
 template <int K, int P, class T>
 FASTUNET_INLINE void head_pixels(const Source<T>& s, const acc_t<T>* weight, int64_t n, const T* y,
-                                 acc_t<T> (*to)[kLanes]) {
+                                 acc_t<T> (*to)[kLanes], int at) {
   using A = acc_t<T>;
   vec<A> sum[K][P] = {};
   for_tiles(1, s.y.C, [&](int64_t, int64_t, int64_t c, auto lanes) {
@@ -47,7 +47,7 @@ FASTUNET_INLINE void head_pixels(const Source<T>& s, const acc_t<T>* weight, int
     }
   });
   for (int k = 0; k < K; ++k)
-    for (int p = 0; p < P; ++p) to[k][p] = sum_lanes<A>(sum[k][p]);
+    for (int p = 0; p < P; ++p) to[k][at + p] = sum_lanes<A>(sum[k][p]);
 }
 
 // Row h of sample n. weight: [K, C], bias: [K] or null.
@@ -60,9 +60,8 @@ void head_row(const Source<T>& s, const acc_t<T>* weight, const acc_t<T>* bias, 
     const T* y = s.y.at(n, h, w);
     A values[K][kLanes] = {};
     int p = 0;
-    const auto at = [&] { return reinterpret_cast<A(*)[kLanes]>(&values[0][p]); };
-    for (; p + 4 <= count; p += 4) head_pixels<K, 4>(s, weight, n, y + p * s.y.sw, at());
-    for (; p < count; ++p) head_pixels<K, 1>(s, weight, n, y + p * s.y.sw, at());
+    for (; p + 4 <= count; p += 4) head_pixels<K, 4>(s, weight, n, y + p * s.y.sw, values, p);
+    for (; p < count; ++p) head_pixels<K, 1>(s, weight, n, y + p * s.y.sw, values, p);
     for (int k = 0; k < K; ++k) {
       T* to = &out.at(n, k, h, w);
       const vec<A> logits = load(values[k]) + splat(bias ? bias[k] : A(0));
