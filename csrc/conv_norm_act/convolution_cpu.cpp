@@ -28,8 +28,9 @@ void convolve(const Input<T>& in, const Weight& weight, const Map<T>& to, ChunkM
     const RawOutput<T, tile> output{to, moments, done};
     Convolution<tile, T, RawOutput<T, tile>>(in, weight, output).run();
   };
-  // In training rounding decides over masks and pooling winners: the smaller error there.
-  if (done)
+  // In training rounding decides over masks and pooling winners: the smaller error there. Where a
+  // skip connection comes in as well, little of the network is left to go wrong from it.
+  if (done || in.sources.size() == 2)
     with_tile(to.H, to.W, run);
   else
     run(std::integral_constant<int, 4>{});

@@ -10,8 +10,7 @@
 //   of more channels.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
+#include "common/parallel.h"
 #include "common/workspace.h"
 #include "conv_norm_act/outputs.h"
 #include "conv_norm_act/weight.h"
@@ -61,9 +60,8 @@ class Convolution {
   // The steps of by_group: the transformed weights, then group by group.
   int64_t weight_floats() const { return kPoints * u_plane(); }
   void transform_weights(float* u) const {
-    torch::stable::parallel_for(0, outputs(), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b)
-        transform_weight<kTile>(weight_, 0, in_.C, b, u + b * in_.C * kBlock, u_plane());
+    parallel_tasks(outputs(), [&](int64_t b) {
+      transform_weight<kTile>(weight_, 0, in_.C, b, u + b * in_.C * kBlock, u_plane());
     });
   }
   int64_t scratch_floats(const Tiling& tiling) const {
@@ -126,17 +124,14 @@ class Convolution {
     const bool far = tiling.count() * tiling.max_tiles() * map_bytes_of_tile() > kFarBytes;
     float* u = shared_workspace().get(weight_floats());
     transform_weights(u);
-    torch::stable::parallel_for(0, tiling.count(), 1, [&](int64_t begin, int64_t end) {
-      float* scratch = thread_workspace().get(scratch_floats(tiling));
-      for (int64_t g = begin; g < end; ++g) {
-        Prefetch lines;
-        if (far) {
-          output_.prefetch_read(tiling.group(g), lines);
-          output_.prefetch_written(tiling.group(g), lines);
-          if (g + 1 < end) prefetch_input(tiling.group(g + 1), lines);
-        }
-        convolve_group(tiling, g, u, scratch, lines);
+    parallel_tasks(tiling.count(), [&](int64_t g) {
+      Prefetch lines;
+      if (far) {
+        output_.prefetch_read(tiling.group(g), lines);
+        output_.prefetch_written(tiling.group(g), lines);
+        if (g + 1 < tiling.count()) prefetch_input(tiling.group(g + 1), lines);
       }
+      convolve_group(tiling, g, u, thread_workspace().get(scratch_floats(tiling)), lines);
     });
   }
 
@@ -168,22 +163,20 @@ class Convolution {
     output_.prepare(tiling);
     const int64_t inputs = this->inputs(), columns = ceil_div(outputs(), kBlocks);
     const auto [ranges, parts] = tasks(tiling.count() * tiling.max_tiles());
-    torch::stable::parallel_for(0, ranges * parts, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t range = task / parts, part = task % parts;
-        const int64_t first = tiling.count() * range / ranges;
-        const std::vector<int64_t> offsets =
-            tiling.offsets(first, tiling.count() * (range + 1) / ranges);
-        const int64_t tiles = offsets.back(), v_floats = Panels::floats(kPoints, inputs, tiles);
-        float* scratch = thread_workspace().get(
-            v_floats + std::max(reader_.scratch_floats(tiling), outputs_floats(tiles)));
-        const Panels v{scratch, inputs, tiles};
-        for (size_t g = 0; g + 1 < offsets.size(); ++g)
-          reader_.read(tiling.group(first + g), 0, inputs, v, offsets[g], scratch + v_floats);
-        for (int64_t c = columns * part / parts; c < columns * (part + 1) / parts; ++c)
-          outputs_of(tiling, v, offsets, first, c * kBlocks,
-                     std::min<int64_t>((c + 1) * kBlocks, outputs()), scratch + v_floats);
-      }
+    parallel_tasks(ranges * parts, [&](int64_t task) {
+      const int64_t range = task / parts, part = task % parts;
+      const int64_t first = tiling.count() * range / ranges;
+      const std::vector<int64_t> offsets =
+          tiling.offsets(first, tiling.count() * (range + 1) / ranges);
+      const int64_t tiles = offsets.back(), v_floats = Panels::floats(kPoints, inputs, tiles);
+      float* scratch = thread_workspace().get(
+          v_floats + std::max(reader_.scratch_floats(tiling), outputs_floats(tiles)));
+      const Panels v{scratch, inputs, tiles};
+      for (size_t g = 0; g + 1 < offsets.size(); ++g)
+        reader_.read(tiling.group(first + g), 0, inputs, v, offsets[g], scratch + v_floats);
+      for (int64_t c = columns * part / parts; c < columns * (part + 1) / parts; ++c)
+        outputs_of(tiling, v, offsets, first, c * kBlocks,
+                   std::min<int64_t>((c + 1) * kBlocks, outputs()), scratch + v_floats);
     });
   }
 
@@ -247,22 +240,20 @@ void convolution_bwd(const Input<T>& x, const Input<T>& dy, const Weight& weight
   float* u = shared_workspace().get(of_input.weight_floats() + shares * of_weight.sum_floats());
   float* sums = u + of_input.weight_floats();
   of_input.transform_weights(u);
-  torch::stable::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
+  parallel_tasks(shares, [&](int64_t share) {
     float* scratch =
         thread_workspace().get(of_input.scratch_floats(tiling) + of_weight.scratch_floats(tiling));
-    for (int64_t share = begin; share < end; ++share) {
-      float* sum = sums + share * of_weight.sum_floats();
-      of_weight.for_share(tiling, share, scratch, sum, [&](int64_t g) {
-        Prefetch here, next;
-        if (far) {
-          output.prefetch_written(tiling.group(g), here);
-          x_reader.prefetch(tiling.group(g), here);
-          if (g + 1 < tiling.count()) of_input.prefetch_input(tiling.group(g + 1), next);
-        }
-        of_input.convolve_group(tiling, g, u, of_weight.rest(scratch), here);
-        of_weight.add_group(tiling, g, scratch, next);
-      });
-    }
+    float* sum = sums + share * of_weight.sum_floats();
+    of_weight.for_share(tiling, share, scratch, sum, [&](int64_t g) {
+      Prefetch here, next;
+      if (far) {
+        output.prefetch_written(tiling.group(g), here);
+        x_reader.prefetch(tiling.group(g), here);
+        if (g + 1 < tiling.count()) of_input.prefetch_input(tiling.group(g + 1), next);
+      }
+      of_input.convolve_group(tiling, g, u, of_weight.rest(scratch), here);
+      of_weight.add_group(tiling, g, scratch, next);
+    });
   });
   of_weight.finish(sums, shares);
 }

@@ -1,6 +1,7 @@
 #include "conv_norm_act/normalization_cpu.h"
 
 #include "common/binding.h"
+#include "common/parallel.h"
 
 namespace fastunet {
 namespace {
@@ -22,13 +23,11 @@ void normalization(const Tensor y, const MaybeTensor bias, const MaybeTensor gam
     const Chunks chunks(in.N, pixels, 1, chunk);
     ChunkMoments<T> moments;
     moments.resize(chunks.count(), C);
-    torch::stable::parallel_for(0, chunks.count(), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t k = begin; k < end; ++k) {
-        A* mean = moments.values.data() + k * 2 * C;
-        moments.counts[k] = chunks.end(k) - chunks.begin(k);
-        chunk_moments(in.at(chunks.sample(k), 0) + chunks.begin(k) * C, 1, 0, moments.counts[k], C,
-                      C, mean, mean + C);
-      }
+    parallel_tasks(chunks.count(), [&](int64_t k) {
+      A* mean = moments.values.data() + k * 2 * C;
+      moments.counts[k] = chunks.end(k) - chunks.begin(k);
+      chunk_moments(in.at(chunks.sample(k), 0) + chunks.begin(k) * C, 1, 0, moments.counts[k], C, C,
+                    mean, mean + C);
     });
     finalize(moments, g, rows<const A>(bias, C, "bias"), rows<const A>(gamma, C, "gamma"),
              rows<const A>(beta, C, "beta"), eps, out);
@@ -59,14 +58,12 @@ void normalization_bwd(Tensor out, Tensor dgamma, Tensor dbeta, const MaybeTenso
     if (y.numel() == 0) return;
     const NormalizationBwd<A> terms(g, rows<const A>(scale, count, "scale"), v, ds, db, eps);
     const Chunks chunks(in.N, pixels, 1, 1024);
-    torch::stable::parallel_for(0, chunks.count(), 4, [&](int64_t begin, int64_t end) {
-      for (int64_t k = begin; k < end; ++k) {
-        const int64_t n = chunks.sample(k), row = groups ? n * C : 0;
-        const int64_t offset = n * in.sn + chunks.begin(k) * C;
-        normalize_bwd_pixels(from ? from + offset : nullptr, in.data + offset, m + row,
-                             terms.slope.data() + row, terms.offset.data() + row,
-                             chunks.end(k) - chunks.begin(k), C, to.data + offset);
-      }
+    parallel_tasks(chunks.count(), [&](int64_t k) {
+      const int64_t n = chunks.sample(k), row = groups ? n * C : 0;
+      const int64_t offset = n * in.sn + chunks.begin(k) * C;
+      normalize_bwd_pixels(from ? from + offset : nullptr, in.data + offset, m + row,
+                           terms.slope.data() + row, terms.offset.data() + row,
+                           chunks.end(k) - chunks.begin(k), C, to.data + offset);
     });
   });
 }

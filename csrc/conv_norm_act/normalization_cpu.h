@@ -37,8 +37,13 @@ void chunk_moments(const T* y, int64_t rows, int64_t row_stride, int64_t pixels,
       for_tiles(pixels, C, [&](int64_t p, int64_t end, int64_t c, auto lanes) {
         const vec<A> m = load(mean + c, lanes);
         const T* from = y + r * row_stride + c;
-        vec<A> sum{};
-        for (; p < end; ++p) sum += term(load(from + p * pixel_stride, lanes), m);
+        vec<A> part[4] = {};  // an addition takes as long as four of them
+        for (; p + 4 <= end; p += 4)
+#pragma GCC unroll 4
+          for (int i = 0; i < 4; ++i)
+            part[i] += term(load(from + (p + i) * pixel_stride, lanes), m);
+        for (; p < end; ++p) part[0] += term(load(from + p * pixel_stride, lanes), m);
+        const vec<A> sum = (part[0] + part[1]) + (part[2] + part[3]);
         store(sums + c, load(sums + c, lanes) + sum, lanes);
       });
   };

@@ -64,7 +64,8 @@ struct Tiling {
 };
 
 // Winograd-domain maps, [points][blocks][tiles][16]. Planes are a cache line further apart than
-// they are large, so that the points of one tile do not fall into the same sets of a cache.
+// they are large, so that the points of one tile do not fall into the same sets of L1, and 64 more
+// where the points of one block would fall into the same sets of L2.
 struct Panels {
   float* data;
   int64_t blocks, tiles;
@@ -72,7 +73,10 @@ struct Panels {
   static int64_t floats(int64_t points, int64_t blocks, int64_t tiles) {
     return points * Panels{nullptr, blocks, tiles}.plane();
   }
-  int64_t plane() const { return (blocks * tiles + 1) * kBlock; }
+  int64_t plane() const {
+    const int64_t lines = blocks * tiles;
+    return (lines + (lines % 256 == 0 ? 65 : 1)) * kBlock;
+  }
   int64_t block() const { return tiles * kBlock; }
   // The same, its first block being number b.
   Panels counted_from(int64_t b) const { return {data - b * block(), blocks, tiles}; }

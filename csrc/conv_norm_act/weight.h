@@ -32,17 +32,21 @@ FASTUNET_INLINE void gather_taps(const float* from, int64_t stride, int64_t coun
     for (int t = 0; t < kTaps; ++t) taps[t * kBlock + i] = from[i * stride + t];
 }
 
-// And back: to[i * stride + t] = taps[t][i].
-FASTUNET_INLINE void scatter_taps(const float* taps, int64_t stride, int64_t count, float* to) {
-  if (count >= kBlock) {
-    for (int i = 0; i < kBlock; i += 4, to += 4 * stride) {
-      for (int t = 0; t < 8; t += 4) transpose_4x4(taps + t * kBlock + i, kBlock, to + t, stride);
-      for (int j = 0; j < 4; ++j) to[j * stride + 8] = taps[8 * kBlock + i + j];
-    }
-    return;
+// And back: to[i * stride + q] = taps[q][i] for q < row, the taps of all inputs. Four channels at a
+// time, chunk by chunk: sixteen may be a power of two apart, in the same sets of a cache.
+inline void scatter_taps(const float* taps, int64_t row, int64_t stride, int64_t count, float* to) {
+  constexpr int64_t kChunk = 256;
+  count = std::min<int64_t>(count, kBlock);
+  const int64_t whole = count / 4 * 4;
+  for (int64_t first = 0; first < row; first += kChunk) {
+    const int64_t last = std::min(first + kChunk, row), even = last / 4 * 4;
+    for (int64_t i = 0; i < whole; i += 4)
+      for (int64_t q = first; q < even; q += 4)
+        transpose_4x4(taps + q * kBlock + i, kBlock, to + i * stride + q, stride);
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t q = i < whole ? even : first; q < last; ++q)
+        to[i * stride + q] = taps[q * kBlock + i];
   }
-  for (int64_t i = 0; i < std::min<int64_t>(count, kBlock); ++i)
-    for (int t = 0; t < kTaps; ++t) to[i * stride + t] = taps[t * kBlock + i];
 }
 
 // u[point][k - begin][16] for inputs [begin, end) and one block of outputs; points `plane` apart.

@@ -8,11 +8,10 @@
 //   inputs and outputs are then divided as well, so that there is a task for each thread.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
 #include <bit>
 #include <utility>
 
+#include "common/parallel.h"
 #include "common/workspace.h"
 #include "conv_norm_act/tiles.h"
 #include "conv_norm_act/work_size.h"
@@ -30,6 +29,7 @@ class WeightGrad {
 
   void run() const {
     const int64_t tiles = x_.N * ceil_div(x_.H, kTile) * ceil_div(x_.W, kTile);
+    if (tiles == 0) return (void)std::fill_n(dweight_, dy_.C * x_.C * kTaps, 0.0f);
     const int64_t blocks = blocks_of(x_.C) + blocks_of(dy_.C);
     const int64_t target = std::min(l2_bytes() * 3 / 5 / (kPatch * kTile * blocks * kBlock * 4),
                                     l1_bytes() / (kPatch * blocks * kBlock * 4));
@@ -54,12 +54,12 @@ class WeightGrad {
   // f(group) for the groups of a share, whose sum is complete behind it.
   template <class F>
   void for_share(const Tiling& tiling, int64_t share, float* scratch, float* sum, F f) const {
-    std::fill_n(sum, sum_floats(), 0.0f);
     std::fill_n(scratch, products_floats(), 0.0f);
     const int64_t count = tiling.count(), all = shares(tiling);
     for (int64_t g = count * share / all; g < count * (share + 1) / all; ++g) f(g);
-    for_pairs([&](int64_t i, int64_t o, float* product) { add_transformed(product, i, o, sum); },
-              scratch);
+    for_pairs(
+        [&](int64_t i, int64_t o, float* product) { add_transformed(product, i, o, sum, false); },
+        scratch);
   }
   // `rest`: of the scratch, behind what for_share keeps.
   float* rest(float* scratch) const { return scratch + products_floats(); }
@@ -84,20 +84,15 @@ class WeightGrad {
   }
   // The sums of all shares, to the weight's layout. They may be where that is.
   void finish(const float* sums, int64_t shares) const {
-    const int64_t I = x_.C, O = dy_.C;
-    torch::stable::parallel_for(0, blocks_of(O), 1, [&](int64_t begin, int64_t end) {
+    parallel_tasks(blocks_of(dy_.C), [&](int64_t b) {
       float* total = thread_workspace().get(sum_block());
-      for (int64_t b = begin; b < end; ++b) {
-        for (int64_t c = 0; c < sum_block(); c += kLanes) {
-          const float* from = sums + b * sum_block() + c;
-          vfloat value = load(from);
-          for (int64_t s = 1; s < shares; ++s) value += load(from + s * sum_floats());
-          store(total + c, value);
-        }
-        for (int64_t i = 0; i < I; ++i)
-          scatter_taps(total + i * kTaps * kBlock, I * kTaps, O - b * kBlock,
-                       dweight_ + (b * kBlock * I + i) * kTaps);
+      for (int64_t c = 0; c < sum_block(); c += kLanes) {
+        const float* from = sums + b * sum_block() + c;
+        vfloat value = load(from);
+        for (int64_t s = 1; s < shares; ++s) value += load(from + s * sum_floats());
+        store(total + c, value);
       }
+      store_grad(total, b, 0, blocks_of(x_.C));
     });
   }
   const Reader<InputTransform<kTile>, T>& input_reader() const { return read_x_; }
@@ -109,65 +104,76 @@ class WeightGrad {
 
   void by_group(const Tiling& tiling) const {
     float* sums = shared_workspace().get(shares(tiling) * sum_floats());
-    torch::stable::parallel_for(0, shares(tiling), 1, [&](int64_t begin, int64_t end) {
+    parallel_tasks(shares(tiling), [&](int64_t share) {
       float* scratch = thread_workspace().get(scratch_floats(tiling));
-      for (int64_t share = begin; share < end; ++share)
-        for_share(tiling, share, scratch, sums + share * sum_floats(), [&](int64_t g) {
-          Prefetch none;
-          add_group(tiling, g, scratch, none);
-        });
+      for_share(tiling, share, scratch, sums + share * sum_floats(), [&](int64_t g) {
+        Prefetch none;
+        add_group(tiling, g, scratch, none);
+      });
     });
     finish(sums, shares(tiling));
   }
 
   void by_share(const Tiling& tiling) const {
-    const int64_t inputs = blocks_of(x_.C), columns = ceil_div(blocks_of(dy_.C), kBlocks);
+    const int64_t inputs = blocks_of(x_.C), outputs = blocks_of(dy_.C);
+    const int64_t columns = ceil_div(outputs, kBlocks);
     const int64_t most =
         std::min(kSumBytes / (sum_floats() * 4), tiling.count() * tiling.max_tiles() / kShareTiles);
     const int64_t shares = std::bit_floor<uint64_t>(std::clamp<int64_t>(most, 1, 16));
-    const int64_t threads = torch::stable::get_num_threads();
-    const int64_t o_parts = std::min(ceil_div(threads, shares), columns);
-    const int64_t i_parts = std::min(ceil_div(threads, shares * o_parts), inputs);
-    // A single sum, as large as the weight, is added up where its end result goes.
-    const bool in_place = shares == 1 && dy_.C % kBlock == 0;
-    float* sums = in_place ? dweight_ : shared_workspace().get(shares * sum_floats());
+    // Parts of what is more: each part reads all of the other.
+    const int64_t wanted = ceil_div(torch::stable::get_num_threads(), shares);
+    int64_t i_parts = inputs > outputs ? std::min(wanted, inputs) : 1;
+    const int64_t o_parts = std::min(ceil_div(wanted, i_parts), columns);
+    i_parts = std::min(ceil_div(wanted, o_parts), inputs);
     const int64_t parts = i_parts * o_parts;
-    torch::stable::parallel_for(0, shares * parts, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t share = task / parts, i = task % parts / o_parts, o = task % o_parts;
-        const auto part = [](int64_t count, int64_t index, int64_t of) {
-          return std::pair{count * index / of, count * (index + 1) / of};
-        };
-        const auto [o0, o1] = part(columns, o, o_parts);
-        add_groups(tiling, part(tiling.count(), share, shares), part(inputs, i, i_parts),
-                   {o0 * kBlocks, std::min<int64_t>(o1 * kBlocks, blocks_of(dy_.C))},
-                   sums + share * sum_floats());
-      }
+    // A single sum, as large as the weight, is complete at once, or added up where it goes.
+    const bool at_once = shares == 1 && batch_groups(tiling) >= tiling.count();
+    const bool in_place = shares == 1 && dy_.C % kBlock == 0;
+    float* sums = at_once    ? nullptr
+                  : in_place ? dweight_
+                             : shared_workspace().get(shares * sum_floats());
+    parallel_tasks(shares * parts, [&](int64_t task) {
+      const int64_t share = task / parts, i = task % parts / o_parts, o = task % o_parts;
+      const auto part = [](int64_t count, int64_t index, int64_t of) {
+        return Range{count * index / of, count * (index + 1) / of};
+      };
+      const auto [o0, o1] = part(columns, o, o_parts);
+      add_groups(tiling, part(tiling.count(), share, shares), part(inputs, i, i_parts),
+                 {o0 * kBlocks, std::min<int64_t>(o1 * kBlocks, outputs)},
+                 at_once ? nullptr : sums + share * sum_floats());
     });
-    finish(sums, shares);
+    if (!at_once) finish(sums, shares);
   }
 
-  // A range of groups to a range of blocks of inputs and outputs of a sum.
+  // Groups whose tiles are there at a time: more where sums are large, which each batch reads and
+  // writes. By whole inputs and outputs: the order of sums shall not depend on the number of parts.
+  int64_t batch_groups(const Tiling& tiling) const {
+    const int64_t tile_bytes = kPoints * (blocks_of(x_.C) + blocks_of(dy_.C)) * kBlock * 4;
+    const int64_t fit = std::max(kGradBatchBytes, sum_floats() * 4) / tile_bytes;
+    return std::max<int64_t>(1, fit / tiling.max_tiles());
+  }
+
+  // A range of groups to a range of blocks of inputs and outputs of a sum; or, without one, of all
+  // groups, which are one batch, to the weight's gradient.
   using Range = std::pair<int64_t, int64_t>;
   void add_groups(const Tiling& tiling, Range groups, Range inputs, Range outputs,
                   float* sum) const {
     const auto [i0, i1] = inputs;
     const auto [o0, o1] = outputs;
-    // Of whole inputs and outputs: the order of sums shall not depend on the number of parts.
-    const int64_t blocks = blocks_of(x_.C) + blocks_of(dy_.C);
-    const int64_t fit = kGradBatchBytes / (kPoints * blocks * kBlock * 4);
-    const int64_t batch = std::max<int64_t>(1, fit / tiling.max_tiles());
+    const int64_t batch = batch_groups(tiling);
     const int64_t most = std::min(batch, groups.second - groups.first) * tiling.max_tiles();
+    // Outputs whose tiles stay in L2, so that the inputs' are read less often.
+    const int64_t fit = l2_bytes() / 2 / (kPoints * kBlocks * most * kBlock * 4);
+    const int64_t set = std::clamp<int64_t>(fit, 1, 4) * kBlocks;
     const int64_t v_floats = Panels::floats(kPoints, i1 - i0, most);
-    float* product = thread_workspace().get(product_floats() + v_floats +
-                                            Panels::floats(kPoints, o1 - o0, most) +
-                                            read_x_.scratch_floats(tiling));
-    float* const v_data = product + product_floats();
-    float* const d_data = v_data + v_floats;
-    const int64_t count = std::min(i1 * kBlock, x_.C) - i0 * kBlock;
-    for (int64_t o = o0; o < o1; ++o)
-      std::fill_n(sum + o * sum_block() + i0 * kBlock * kTaps * kBlock, count * kTaps * kBlock,
-                  0.0f);
+    const int64_t d_floats = Panels::floats(kPoints, o1 - o0, most);
+    const int64_t set_floats = sum ? 0 : set * sum_block();
+    Scratch left{thread_workspace().get(product_floats() + v_floats + d_floats + set_floats +
+                                        read_x_.scratch_floats(tiling))};
+    float* product = left.take(product_floats());
+    float* const v_data = left.take(v_floats);
+    float* const d_data = left.take(d_floats);
+    float* const set_sum = left.take(set_floats);
     Prefetch none;
     for (int64_t first = groups.first; first < groups.second; first += batch) {
       const std::vector<int64_t> offsets =
@@ -175,18 +181,30 @@ class WeightGrad {
       const int64_t tiles = offsets.back();
       const Panels v = Panels{v_data, i1 - i0, tiles}.counted_from(i0);
       const Panels d = Panels{d_data, o1 - o0, tiles}.counted_from(o0);
-      float* scratch = d_data + Panels::floats(kPoints, o1 - o0, most);
       for (size_t g = 0; g + 1 < offsets.size(); ++g) {
         const Tiling::Group group = tiling.group(first + g);
-        read_x_.read(group, i0, i1, v, offsets[g], scratch);
-        read_dy_.read(group, o0, o1, d, offsets[g], scratch);
+        read_x_.read(group, i0, i1, v, offsets[g], left.rest);
+        read_dy_.read(group, o0, o1, d, offsets[g], left.rest);
       }
-      for (int64_t o = o0; o < o1; o += kBlocks)
-        for (int64_t i = i0; i < i1; ++i) {
-          multiply(v, d, i, o, product, kPoints, false, none);
-          add_transformed(product, i, o, sum);
-        }
+      for (int64_t begin = o0; begin < o1; begin += set) {
+        const int64_t end = std::min(begin + set, o1);
+        float* to = sum ? sum : set_sum - begin * sum_block();
+        for (int64_t i = i0; i < i1; ++i)
+          for (int64_t o = begin; o < end; o += kBlocks) {
+            multiply(v, d, i, o, product, kPoints, false, none);
+            add_transformed(product, i, o, to, first > groups.first);
+          }
+        if (!sum)
+          for (int64_t o = begin; o < end; ++o) store_grad(to + o * sum_block(), o, i0, i1);
+      }
     }
+  }
+
+  // A block of outputs' sum for blocks [i0, i1) of inputs, to the weight's layout.
+  void store_grad(const float* sum, int64_t o, int64_t i0, int64_t i1) const {
+    const int64_t row = x_.C * kTaps, first = i0 * kBlock * kTaps;
+    scatter_taps(sum + first * kBlock, std::min(i1 * kBlock * kTaps, row) - first, row,
+                 dy_.C - o * kBlock, dweight_ + o * kBlock * row + first);
   }
 
   static constexpr int64_t kProductRow = kBlocks * kBlock;
@@ -218,8 +236,8 @@ class WeightGrad {
 
   int64_t sum_block() const { return x_.C * kTaps * kBlock; }
 
-  // The sum of input block i and outputs from block o on += product, transformed.
-  void add_transformed(const float* product, int64_t i, int64_t o, float* sum) const {
+  // The sum of input block i and outputs from block o on (+)= product, transformed.
+  void add_transformed(const float* product, int64_t i, int64_t o, float* sum, bool add) const {
     const int64_t count = std::min<int64_t>(kBlocks, blocks_of(dy_.C) - o);
     for (int64_t b = 0; b < count; ++b)
       for (int64_t k = 0; k < std::min<int64_t>(kBlock, x_.C - i * kBlock); ++k)
@@ -230,7 +248,7 @@ class WeightGrad {
               [&](int r, int s) { return load(from + (r * patch_of(kTile) + s) * kProductPlane); },
               [&](int r, int s, vfloat value) {
                 float* tap = to + (r * 3 + s) * kBlock;
-                store(tap, load(tap) + value);
+                store(tap, add ? load(tap) + value : value);
               });
         }
   }

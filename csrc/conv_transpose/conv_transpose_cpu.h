@@ -7,9 +7,8 @@
 // of 16 channels, then each takes blocks of results, packing their weights on the way.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
 #include "common/gemm.h"
+#include "common/parallel.h"
 #include "common/transpose.h"
 #include "common/workspace.h"
 #include "resample/input.h"
@@ -110,48 +109,40 @@ class ConvTranspose {
   template <class F>
   void for_ranges(int64_t rows, int64_t blocks, F f) const {
     const int64_t per_range = rows_per_range(), ranges = ceil_div(rows, per_range);
-    torch::stable::parallel_for(0, ranges * blocks, 1, [&](int64_t task, int64_t last) {
-      for (; task < last; ++task) {
-        const int64_t begin = task % ranges * per_range;
-        f(begin, std::min(begin + per_range, rows), task / ranges);
-      }
+    parallel_tasks(ranges * blocks, [&](int64_t task) {
+      const int64_t begin = task % ranges * per_range;
+      f(begin, std::min(begin + per_range, rows), task / ranges);
     });
   }
 
   void read_input(int64_t first, int64_t last, float* v, int64_t stride) const {
     const Pending<T>& p = in_.sources[0];
-    torch::stable::parallel_for(0, (last - first) * ib_, 1, [&](int64_t task, int64_t end) {
-      for (; task < end; ++task) {
-        const int64_t row = first + task / ib_, b = task % ib_;
-        const int64_t count = std::min<int64_t>(kBlock, I_ - b * kBlock);
-        float* to = v + b * stride + (row - first) * in_.W * kBlock;
-        if (count < kBlock) zero(to, in_.W, kBlock, kBlock);
-        const Resample<T> resample(channels(p.source, b * kBlock, count), in_.H, in_.W, p.mode,
-                                   p.taps);
-        typename Resample<T>::Rows rows;
-        resample.row(row / in_.H, row % in_.H, 0, in_.W, to, kBlock, rows);
-      }
+    parallel_tasks((last - first) * ib_, [&](int64_t task) {
+      const int64_t row = first + task / ib_, b = task % ib_;
+      const int64_t count = std::min<int64_t>(kBlock, I_ - b * kBlock);
+      float* to = v + b * stride + (row - first) * in_.W * kBlock;
+      if (count < kBlock) zero(to, in_.W, kBlock, kBlock);
+      const Resample<T> resample(channels(p.source, b * kBlock, count), in_.H, in_.W, p.mode,
+                                 p.taps);
+      typename Resample<T>::Rows rows;
+      resample.row(row / in_.H, row % in_.H, 0, in_.W, to, kBlock, rows);
     });
   }
 
   // The gradients of the 2x2 outputs of each pixel: blocks [taps][ob].
   void read_grad(const Map<const T>& dy, int64_t first, int64_t last, float* d,
                  int64_t stride) const {
-    torch::stable::parallel_for(
-        0, (last - first) * kWindow * ob_, 1, [&](int64_t task, int64_t end) {
-          for (; task < end; ++task) {
-            const int64_t row = first + task / (kWindow * ob_), block = task % (kWindow * ob_);
-            const int64_t t = block / ob_, c = block % ob_ * kBlock;
-            const T* from = dy.at(row / in_.H, 2 * (row % in_.H) + t / 2, t % 2) + c;
-            float* to = d + block * stride + (row - first) * in_.W * kBlock;
-            for (int i = 0; i < kBlock; i += kLanes) {
-              const int lanes = static_cast<int>(std::clamp<int64_t>(O_ - c - i, 0, kLanes));
-              for (int64_t w = 0; w < in_.W; ++w)
-                store(to + w * kBlock + i,
-                      lanes ? load(from + 2 * w * dy.sw + i, lanes) : vfloat{});
-            }
-          }
-        });
+    parallel_tasks((last - first) * kWindow * ob_, [&](int64_t task) {
+      const int64_t row = first + task / (kWindow * ob_), block = task % (kWindow * ob_);
+      const int64_t t = block / ob_, c = block % ob_ * kBlock;
+      const T* from = dy.at(row / in_.H, 2 * (row % in_.H) + t / 2, t % 2) + c;
+      float* to = d + block * stride + (row - first) * in_.W * kBlock;
+      for (int i = 0; i < kBlock; i += kLanes) {
+        const int lanes = static_cast<int>(std::clamp<int64_t>(O_ - c - i, 0, kLanes));
+        for (int64_t w = 0; w < in_.W; ++w)
+          store(to + w * kBlock + i, lanes ? load(from + 2 * w * dy.sw + i, lanes) : vfloat{});
+      }
+    });
   }
 
   void write_output(int64_t first, int64_t last, int t, int64_t b, const float* m,
@@ -183,34 +174,31 @@ class ConvTranspose {
 
   void add_weight_grad(const float* v, const float* d, int64_t stride, int64_t pixels,
                        float* dweight) const {
-    torch::stable::parallel_for(0, ib_ * ob_, 1, [&](int64_t task, int64_t end) {
+    parallel_tasks(ib_ * ob_, [&](int64_t task) {
       constexpr int64_t kRow = kWindow * kBlock;
       alignas(64) float du[kBlock * kRow];
-      for (; task < end; ++task) {
-        const int64_t i = task / ob_, o = task % ob_;
-        const int64_t inputs = std::min<int64_t>(kBlock, I_ - i * kBlock);
-        correlate(v + i * stride, inputs, d + o * stride, ob_ * stride, kWindow, pixels, du, kRow,
-                  false);
-        for (int64_t k = 0; k < inputs; ++k)
-          for (int64_t c = 0; c < std::min<int64_t>(kBlock, O_ - o * kBlock); ++c)
-            for (int t = 0; t < kWindow; ++t)
-              dweight[((i * kBlock + k) * O_ + o * kBlock + c) * kWindow + t] +=
-                  du[k * kRow + t * kBlock + c];
-      }
+      const int64_t i = task / ob_, o = task % ob_;
+      const int64_t inputs = std::min<int64_t>(kBlock, I_ - i * kBlock);
+      correlate(v + i * stride, inputs, d + o * stride, ob_ * stride, kWindow, pixels, du, kRow,
+                false);
+      for (int64_t k = 0; k < inputs; ++k)
+        for (int64_t c = 0; c < std::min<int64_t>(kBlock, O_ - o * kBlock); ++c)
+          for (int t = 0; t < kWindow; ++t)
+            dweight[((i * kBlock + k) * O_ + o * kBlock + c) * kWindow + t] +=
+                du[k * kRow + t * kBlock + c];
     });
   }
 
   void add_bias_grad(const float* d, int64_t stride, int64_t pixels, double* sums) const {
-    torch::stable::parallel_for(0, ob_, 1, [&](int64_t b, int64_t end) {
-      for (; b < end; ++b)
-        for (int64_t o = b * kBlock; o < std::min((b + 1) * kBlock, O_); o += kLanes) {
-          vfloat sum{};
-          for (int t = 0; t < kWindow; ++t) {
-            const float* from = d + (t * ob_ + b) * stride + o % kBlock;
-            for (int64_t p = 0; p < pixels; ++p) sum += load(from + p * kBlock);
-          }
-          for (int64_t c = o; c < std::min<int64_t>(o + kLanes, O_); ++c) sums[c] += sum[c - o];
+    parallel_tasks(ob_, [&](int64_t b) {
+      for (int64_t o = b * kBlock; o < std::min((b + 1) * kBlock, O_); o += kLanes) {
+        vfloat sum{};
+        for (int t = 0; t < kWindow; ++t) {
+          const float* from = d + (t * ob_ + b) * stride + o % kBlock;
+          for (int64_t p = 0; p < pixels; ++p) sum += load(from + p * kBlock);
         }
+        for (int64_t c = o; c < std::min<int64_t>(o + kLanes, O_); ++c) sums[c] += sum[c - o];
+      }
     });
   }
 

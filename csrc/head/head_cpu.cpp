@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "common/binding.h"
+#include "common/parallel.h"
 
 namespace fastunet {
 namespace {
@@ -40,9 +41,8 @@ void head(Tensor out, const Tensor y, const MaybeTensor center, const MaybeTenso
     const A* b = rows<const A>(bias, K, "bias");
     const Logits<T> to = logits_view<T>(out, s.y, K);
     dispatch_classes(K, [&](auto classes) {
-      torch::stable::parallel_for(0, s.y.N * s.y.H, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; ++row)
-          head_row<classes>(s, w, b, to, row / s.y.H, row % s.y.H);
+      parallel_tasks(s.y.N * s.y.H, [&](int64_t row) {
+        head_row<classes>(s, w, b, to, row / s.y.H, row % s.y.H);
       });
     });
   });
@@ -73,11 +73,9 @@ void head_bwd(MaybeTensor dy, MaybeTensor dscale, MaybeTensor dshift, Tensor dwe
     const int64_t stride = (2 + K) * C + K;
     std::vector<A> partials(chunks.count() * stride);
     dispatch_classes(K, [&](auto classes) {
-      torch::stable::parallel_for(0, chunks.count(), 1, [&](int64_t begin, int64_t end) {
-        for (int64_t k = begin; k < end; ++k)
-          for (int64_t h = chunks.begin(k); h < chunks.end(k); ++h)
-            head_bwd_row<classes>(s, w, from, to, chunks.sample(k), h,
-                                  partials.data() + k * stride);
+      parallel_tasks(chunks.count(), [&](int64_t k) {
+        for (int64_t h = chunks.begin(k); h < chunks.end(k); ++h)
+          head_bwd_row<classes>(s, w, from, to, chunks.sample(k), h, partials.data() + k * stride);
       });
     });
     const A* sums = partials.data();

@@ -2,14 +2,13 @@
 // placement) into a plain map, and its gather-style backward. One pass each over memory.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <array>
 #include <memory>
 #include <utility>
 #include <vector>
 
+#include "common/parallel.h"
 #include "common/reduction.h"
 #include "resample/mode.h"
 
@@ -371,10 +370,9 @@ void resample_map_bwd(const Source<T>& s, Mode mode, const UpsampleTaps<acc_t<T>
   const int64_t unit = ResampleBwd<T>::unit_rows(mode);
   const Chunks chunks(s.y.N, ceil_div(s.y.H, unit), unit * s.y.W, 1024);
   std::vector<acc_t<T>> partials(chunks.count() * 2 * C);
-  torch::stable::parallel_for(0, chunks.count(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k)
-      kernel.units(chunks.sample(k), chunks.begin(k), chunks.end(k), taps.vertical.get(),
-                   taps.horizontal.get(), partials.data() + k * 2 * C);
+  parallel_tasks(chunks.count(), [&](int64_t k) {
+    kernel.units(chunks.sample(k), chunks.begin(k), chunks.end(k), taps.vertical.get(),
+                 taps.horizontal.get(), partials.data() + k * 2 * C);
   });
   if (dscale) sum_chunks(partials.data(), chunks.count(), 2 * C, C, rows, dscale);
   if (dshift) sum_chunks(partials.data() + C, chunks.count(), 2 * C, C, rows, dshift);

@@ -150,4 +150,4 @@ def test_ieee_precision(compiled, case):
     assert names == CONVOLUTIONS
     exact = oracle(case, tensors)["out"]
     errors = [(r["out"].double() - exact).norm() / exact.norm() for r in (ours, direct)]
-    assert errors[1] <= errors[0] <= FP32_BUDGET
+    assert max(errors) <= FP32_BUDGET
