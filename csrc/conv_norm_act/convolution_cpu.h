@@ -73,8 +73,9 @@ class Convolution {
     return Panels::floats(kPoints, inputs(), tiles) + Panels::floats(kPoints, outputs(), tiles) +
            reader_.scratch_floats(tiling);
   }
+  // grad_z: if given, the input's columns for the weight's gradient.
   void convolve_group(const Tiling& tiling, int64_t g, const float* u, float* scratch,
-                      Prefetch& lines) const {
+                      Prefetch& lines, float* grad_z = nullptr) const {
     const Tiling::Group group = tiling.group(g);
     const int64_t inputs = this->inputs(), outputs = this->outputs(), tiles = group.tiles();
     Scratch left{scratch};
@@ -83,7 +84,7 @@ class Convolution {
       const RowPanels rows{left.panels(kPatch * kTile, outputs, tiles)};
       const Panels v = left.panels(kPatch, inputs, tiles);
       const Panels m = left.panels(kPatch, kBlocks, tiles);
-      reader_.read_columns(group, z, left.rest);
+      reader_.read_columns(group, z, left.rest, grad_z);
       for (int i = 0; i < kPatch; ++i) {
         reader_.read_row(group, i, z, v);
         for (int64_t n = 0; n < outputs; n += kBlocks) {
@@ -100,7 +101,7 @@ class Convolution {
     } else {
       const Panels v = left.panels(kPoints, inputs, tiles);
       const Panels m = left.panels(kPoints, outputs, tiles);
-      reader_.read(group, 0, inputs, v, 0, left.rest);
+      reader_.read(group, 0, inputs, v, 0, left.rest, grad_z);
       for (int p = 0; p < kPoints; ++p) {
         lines.advance(kPoints);
         multiply(v.at(p, 0), v.block(), u + p * u_plane(), in_.C, m.at(p, 0), m.block(), outputs,
@@ -213,7 +214,7 @@ class Convolution {
   const Input<T>& in_;
   const Weight& weight_;
   const Output& output_;
-  Reader<InputTransform<kTile>, T> reader_;
+  Reader<InputTransform<kTile>, T, GradTransform<kTile>> reader_;
 };
 
 // Both gradients: of the weight, where `dweight` is given, and of the input, to `output`. Where
@@ -251,8 +252,10 @@ void convolution_bwd(const Input<T>& x, const Input<T>& dy, const Weight& weight
         x_reader.prefetch(tiling.group(g), here);
         if (g + 1 < tiling.count()) of_input.prefetch_input(tiling.group(g + 1), next);
       }
-      of_input.convolve_group(tiling, g, u, of_weight.rest(scratch), here);
-      of_weight.add_group(tiling, g, scratch, next);
+      float* grad_z = of_weight.rest(scratch);
+      float* rest = grad_z + of_weight.grad_floats(tiling);
+      of_input.convolve_group(tiling, g, u, rest, here, grad_z);
+      of_weight.add_group(tiling, g, scratch, grad_z, rest, next);
     });
   });
   of_weight.finish(sums, shares);

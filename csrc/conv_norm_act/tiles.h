@@ -95,11 +95,14 @@ struct Scratch {
 };
 
 // One row of tiles: the patch of pixels [h, h + kIn) x [w, w + columns) of one block of channels,
-// transformed down its columns. z: [kOut][columns][16]
-template <class Transform, Load kLoad, class T>
+// transformed down its columns. z: [kOut][columns][16]; with `Grad`, also what is within the halo,
+// by that, to grad_z, [kOut][columns - 2 * kHalo][16].
+template <class Transform, Load kLoad, class Grad, class T>
 void transform_columns(const Source<T>& s, const T* raw, int64_t n, int64_t h, int64_t w,
-                       int64_t columns, int64_t H, int64_t W, float* z) {
-  constexpr int kIn = Transform::kIn, kOut = Transform::kOut;
+                       int64_t columns, int64_t H, int64_t W, float* z, float* grad_z) {
+  constexpr int kIn = Transform::kIn, kOut = Transform::kOut, kHalo = Transform::kHalo;
+  constexpr bool kGrad = !std::is_void_v<Grad>;
+  const int64_t inner = columns - 2 * kHalo;
   const Placement place(Mode::none, s.y.H, s.y.W, H, W);
   const int64_t row = columns * kBlock;
   const T* rows[kIn];
@@ -112,10 +115,18 @@ void transform_columns(const Source<T>& s, const T* raw, int64_t n, int64_t h, i
   }
   const int64_t first = std::max({int64_t{0}, -w, place.left - w});
   const int64_t last = std::min({columns, W - w, place.left + s.y.W - w});
-  if (first >= last) return zero(z, kOut * columns, kBlock, kBlock);
+  if (first >= last) {
+    if (kGrad) zero(grad_z, kOut * inner, kBlock, kBlock);
+    return zero(z, kOut * columns, kBlock, kBlock);
+  }
   for (int i = 0; i < kOut; ++i) {
     zero(z + i * row, first, kBlock, kBlock);
     zero(z + i * row + last * kBlock, columns - last, kBlock, kBlock);
+    if constexpr (kGrad) {
+      float* to = grad_z + i * inner * kBlock;
+      zero(to, first - kHalo, kBlock, kBlock);
+      zero(to + (last - kHalo) * kBlock, columns - kHalo - last, kBlock, kBlock);
+    }
   }
   for (int64_t c = 0; c < s.y.C; c += kLanes) {
     const auto run = [&](auto lanes, auto check) {
@@ -137,6 +148,13 @@ void transform_columns(const Source<T>& s, const T* raw, int64_t n, int64_t h, i
         Transform::apply(d, out);
 #pragma GCC unroll 8
         for (int i = 0; i < kOut; ++i) store(z + i * row + x * kBlock + c, out[i]);
+        if constexpr (kGrad) {
+          const int64_t at = x - kHalo;
+          if (at < 0 || at >= inner) continue;
+          Grad::apply(d + kHalo, out);
+#pragma GCC unroll 8
+          for (int i = 0; i < kOut; ++i) store(grad_z + (i * inner + at) * kBlock + c, out[i]);
+        }
       }
     };
     const int64_t left = s.y.C - c;
@@ -180,8 +198,10 @@ void transform_row(const float* z, int64_t tiles, float* v, int64_t plane) {
     }
 }
 
-// Transforms sources to panels, a group of tiles at a time.
-template <class Transform, class T>
+// Transforms sources to panels, a group of tiles at a time. With `Grad`, a map that is read for
+// both gradients (one source, as it is, or its normalisation's backward) can be transformed by that
+// as well, where `grad_z` is given: as that one's read_columns does.
+template <class Transform, class T, class Grad = void>
 class Reader {
   static constexpr int kTile = Transform::kTile, kOut = Transform::kOut;
 
@@ -194,12 +214,12 @@ class Reader {
 
   // Blocks [begin, end) of channels of a group, to tiles [tile, tile + group.tiles()) of v.
   void read(const Tiling::Group& g, int64_t begin, int64_t end, const Panels& v, int64_t tile,
-            float* scratch) const {
+            float* scratch, float* grad_z = nullptr) const {
     const int64_t row = row_floats(g.columns);
     float* z = scratch;
     for (int64_t b = begin; b < end; ++b)
       transform_block(
-          g, b, scratch + kOut * row, [&](int64_t) { return z; },
+          g, b, scratch + kOut * row, grad_z, [&](int64_t) { return z; },
           [&](int64_t r) {
             for (int i = 0; i < kOut; ++i)
               transform_row<Transform>(z + i * row, g.columns,
@@ -216,10 +236,12 @@ class Reader {
   static int64_t patch_floats(const Tiling& tiling) {
     return Transform::kIn * row_floats(tiling.columns);
   }
-  void read_columns(const Tiling::Group& g, float* z, float* scratch) const {
+  void read_columns(const Tiling::Group& g, float* z, float* scratch,
+                    float* grad_z = nullptr) const {
     const int64_t rows = kOut * row_floats(g.columns);
     for (int64_t b = 0; b < blocks_of(in_.C); ++b, z += g.rows * rows)
-      transform_block(g, b, scratch, [&](int64_t r) { return z + r * rows; }, [](int64_t) {});
+      transform_block(
+          g, b, scratch, grad_z, [&](int64_t r) { return z + r * rows; }, [](int64_t) {});
   }
   // Then row i of the points, to v's kOut points.
   void read_row(const Tiling::Group& g, int i, const float* z, const Panels& v) const {
@@ -274,21 +296,24 @@ class Reader {
     return (columns * kTile + 2 * Transform::kHalo) * kBlock;
   }
 
-  // A block of a group down its columns, row of tiles by row of tiles: of row r to z_of(r), then
+  // Block b of a group down its columns, row of tiles by row of tiles: of row r to z_of(r), then
   // done(r).
   template <class Z, class Done>
-  void transform_block(const Tiling::Group& g, int64_t b, float* scratch, Z z_of, Done done) const {
+  void transform_block(const Tiling::Group& g, int64_t b, float* scratch, float* grad_z, Z z_of,
+                       Done done) const {
     Patch patch{scratch, {}, 0};
     for (int64_t r = 0; r < g.rows; ++r) {
       patch.made = r == 0 ? 0 : Transform::kIn - kTile;
+      float* of_row =
+          grad_z ? grad_z + (b * g.rows + r) * kOut * g.columns * kTile * kBlock : nullptr;
       transform_block(b * kBlock, g.n, g.h + r * kTile - Transform::kHalo, g.w - Transform::kHalo,
-                      row_floats(g.columns) / kBlock, z_of(r), patch);
+                      row_floats(g.columns) / kBlock, z_of(r), of_row, patch);
       done(r);
     }
   }
 
   void transform_block(int64_t first, int64_t n, int64_t h, int64_t w, int64_t columns, float* z,
-                       Patch& patch) const {
+                       float* grad_z, Patch& patch) const {
     const int64_t row = columns * kBlock;
     const int64_t last = std::min(first + kBlock, in_.C);
     bool patched = false;
@@ -299,10 +324,19 @@ class Reader {
       if (c0 < c1) {
         const Source<T> part = channels(p.source, c0 - begin, c1 - c0);
         if (p.mode == Mode::none && c0 == first && c1 == last) {
-          if (c1 - c0 < kBlock) zero(z, kOut * columns, kBlock, kBlock);
-          const auto run = [&](auto kLoad) {
-            transform_columns<Transform, kLoad.value>(part, p.raw ? p.raw + (c0 - begin) : nullptr,
-                                                      n, h, w, columns, in_.H, in_.W, z);
+          if (c1 - c0 < kBlock) {
+            zero(z, kOut * columns, kBlock, kBlock);
+            if (grad_z) zero(grad_z, kOut * (columns - 2 * Transform::kHalo), kBlock, kBlock);
+          }
+          const T* raw = p.raw ? p.raw + (c0 - begin) : nullptr;
+          const auto run = [&](auto load) {
+            constexpr Load kLoad = load.value;
+            if constexpr (!std::is_void_v<Grad> && kLoad != Load::affine)
+              if (grad_z)
+                return transform_columns<Transform, kLoad, Grad>(part, raw, n, h, w, columns, in_.H,
+                                                                 in_.W, z, grad_z);
+            transform_columns<Transform, kLoad, void>(part, raw, n, h, w, columns, in_.H, in_.W, z,
+                                                      nullptr);
           };
           if (p.load == Load::affine) return run(std::integral_constant<Load, Load::affine>{});
           if (p.load == Load::plain) return run(std::integral_constant<Load, Load::plain>{});

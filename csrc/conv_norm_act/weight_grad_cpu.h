@@ -46,7 +46,7 @@ class WeightGrad {
   // [blocks of outputs][inputs][taps][16]
   int64_t sum_floats() const { return blocks_of(dy_.C) * sum_block(); }
   int64_t scratch_floats(const Tiling& tiling) const {
-    return products_floats() + read_x_.columns_floats(tiling) + read_dy_.columns_floats(tiling) +
+    return products_floats() + grad_floats(tiling) + read_x_.columns_floats(tiling) +
            Panels::floats(kPatch, blocks_of(x_.C), tiling.max_tiles()) +
            Panels::floats(kPatch, blocks_of(dy_.C), tiling.max_tiles()) +
            read_x_.patch_floats(tiling);
@@ -61,25 +61,25 @@ class WeightGrad {
         [&](int64_t i, int64_t o, float* product) { add_transformed(product, i, o, sum, false); },
         scratch);
   }
-  // `rest`: of the scratch, behind what for_share keeps.
+  // Of the scratch, behind what for_share keeps: the columns of the output's gradient, then more.
   float* rest(float* scratch) const { return scratch + products_floats(); }
-  void add_group(const Tiling& tiling, int64_t g, float* scratch, Prefetch& lines) const {
+  int64_t grad_floats(const Tiling& tiling) const { return read_dy_.columns_floats(tiling); }
+  void add_group(const Tiling& tiling, int64_t g, float* products, const float* grad_z, float* more,
+                 Prefetch& lines) const {
     const Tiling::Group group = tiling.group(g);
-    Scratch left{rest(scratch)};
-    float* zx = left.take(read_x_.columns_floats(tiling));
-    float* zd = left.take(read_dy_.columns_floats(tiling));
+    Scratch left{more};
+    float* z = left.take(read_x_.columns_floats(tiling));
     const Panels v = left.panels(kPatch, blocks_of(x_.C), group.tiles());
     const Panels d = left.panels(kPatch, blocks_of(dy_.C), group.tiles());
-    read_x_.read_columns(group, zx, left.rest);
-    read_dy_.read_columns(group, zd, left.rest);
+    read_x_.read_columns(group, z, left.rest);
     for (int r = 0; r < kPatch; ++r) {
-      read_x_.read_row(group, r, zx, v);
-      read_dy_.read_row(group, r, zd, d);
+      read_x_.read_row(group, r, z, v);
+      read_dy_.read_row(group, r, grad_z, d);
       for_pairs(
           [&](int64_t i, int64_t o, float* product) {
             multiply(v, d, i, o, product + r * kPatch * kProductPlane, kPatch, true, lines);
           },
-          scratch);
+          products);
     }
   }
   // The sums of all shares, to the weight's layout. They may be where that is.
@@ -108,7 +108,10 @@ class WeightGrad {
       float* scratch = thread_workspace().get(scratch_floats(tiling));
       for_share(tiling, share, scratch, sums + share * sum_floats(), [&](int64_t g) {
         Prefetch none;
-        add_group(tiling, g, scratch, none);
+        float* grad_z = rest(scratch);
+        float* more = grad_z + grad_floats(tiling);
+        read_dy_.read_columns(tiling.group(g), grad_z, more);
+        add_group(tiling, g, scratch, grad_z, more, none);
       });
     });
     finish(sums, shares(tiling));
