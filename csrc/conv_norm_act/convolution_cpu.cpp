@@ -114,13 +114,15 @@ class SourceBwd {
     dscale_ = rows<float>(to.dscale, rows_ * y.C, "dscale of a source");
     dshift_ = rows<float>(to.dshift, rows_ * y.C, "dshift of a source");
     dz_ = map_grad(source, dy_, to.dz, H, W);
-    resampled_ = to.dz.has_value();
+    pooled_ = source.mode == Mode::max_pool && H == dy_.H / 2 && W == dy_.W / 2;
+    resampled_ = to.dz.has_value() && !pooled_;
   }
 
   template <int kTile>
   typename SourceGrads<T, kTile>::Part part() {
-    const bool masked = !resampled_ && source_.load == Load::affine;
-    return {source_.source, dz_, masked ? &sums_ : nullptr};
+    const bool masked = !resampled_ && (source_.load == Load::affine || pooled_);
+    return {source_.source, dz_, masked ? &sums_ : nullptr,
+            pooled_ ? std::optional(dy_) : std::nullopt};
   }
 
   void finish() const {
@@ -137,7 +139,7 @@ class SourceBwd {
   int64_t rows_;
   Map<T> dy_{}, dz_{};
   float *dscale_, *dshift_;
-  bool resampled_;
+  bool pooled_, resampled_;
   std::vector<float> sums_;
 };
 

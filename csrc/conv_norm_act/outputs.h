@@ -3,6 +3,7 @@
 // or RowPanels.
 #pragma once
 
+#include <optional>
 #include <vector>
 
 #include "conv_norm_act/normalization_cpu.h"
@@ -169,14 +170,16 @@ struct SourceGrad {
   }
 };
 
-// The gradients of one source or of two side by side: of the map that a source stands for, or,
-// where that is its raw output with an affine and activation, of the raw output (`sums` given).
+// The gradients of one source or of two side by side: of the map that a source stands for; where
+// that is its raw output with an affine and activation, of the raw output (`sums` given); where it
+// is pooled from that, of both (`pooled_from` given as well), while what is read is in cache.
 template <class T, int kTile>
 struct SourceGrads {
   struct Part {
     Source<T> source;
     Map<T> to;
     std::vector<float>* sums;
+    std::optional<Map<T>> pooled_from;
   };
   std::vector<Part> parts;  // all but the last of whole blocks of channels
 
@@ -187,15 +190,22 @@ struct SourceGrads {
   int64_t bytes_of_tile() const {
     int64_t bytes = 0;
     for (const Part& part : parts)
-      bytes += part.sums ? masked(part).bytes_of_tile() : raw(part).bytes_of_tile();
+      bytes += (part.sums ? masked(part).bytes_of_tile() : raw(part).bytes_of_tile()) *
+               (part.pooled_from ? 4 : 1);
     return bytes;
   }
   void prefetch_read(const Tiling::Group& g, Prefetch& lines) const {
     for (const Part& part : parts)
-      if (part.sums) masked(part).prefetch_read(g, lines);
+      if (part.pooled_from)
+        prefetch_windows(part.source.y, g, lines);
+      else if (part.sums)
+        masked(part).prefetch_read(g, lines);
   }
   void prefetch_written(const Tiling::Group& g, Prefetch& lines) const {
-    for (const Part& part : parts) raw(part).prefetch_written(g, lines);
+    for (const Part& part : parts) {
+      raw(part).prefetch_written(g, lines);
+      if (part.pooled_from) prefetch_windows(part.pooled_from->read_only(), g, lines);
+    }
   }
 
   template <class P>
@@ -207,7 +217,10 @@ struct SourceGrads {
       const int64_t from = std::max(begin, first), to = std::min(end, last);
       if (from < to) {
         const P of_part{Panels{m.data + (from - begin) * m.block(), m.blocks, m.tiles}};
-        if (part.sums)
+        if (part.pooled_from) {
+          raw(part).write(g, index, from - first, to - first, of_part, tile);
+          write_windows(part, g, index, from - first, to - first);
+        } else if (part.sums)
           masked(part).write(g, index, from - first, to - first, of_part, tile);
         else
           raw(part).write(g, index, from - first, to - first, of_part, tile);
@@ -217,6 +230,17 @@ struct SourceGrads {
   }
 
  private:
+  static void prefetch_windows(const Map<const T>& m, const Tiling::Group& g, Prefetch& lines) {
+    lines.add(m, g.n, 2 * g.h, 2 * (g.h + g.height), 2 * g.w, 2 * (g.w + g.width));
+  }
+  static void write_windows(const Part& p, const Tiling::Group& g, int64_t index, int64_t begin,
+                            int64_t end) {
+    const int64_t C = p.to.C, c = begin * kBlock, count = std::min(end * kBlock, C) - c;
+    const ResampleBwd<T> pool(channels(p.source, c, count), channels(p.to, c, count).read_only(),
+                              channels(*p.pooled_from, c, count), Mode::max_pool);
+    pool.max_pool(g.n, g.h, g.h + g.height, g.w, g.w + g.width, p.sums->data() + index * 2 * C + c,
+                  C);
+  }
   static SourceGrad<T, kTile> masked(const Part& p) { return {p.source, p.to, *p.sums}; }
   static RawOutput<T, kTile> raw(const Part& p) { return {p.to, nullptr}; }
 };

@@ -254,9 +254,13 @@ class Reader {
 
   // Of the sources, for a tile in a row of tiles.
   int64_t bytes_of_tile() const {
-    int64_t maps = 0;
-    for (const Pending<T>& p : in_.sources) maps += p.source.y.C * (p.raw ? 2 : 1);
-    return maps * Transform::kIn * kTile * static_cast<int64_t>(sizeof(T));
+    int64_t quarters = 0;
+    for (const Pending<T>& p : in_.sources)
+      quarters += p.source.y.C * (p.raw ? 2 : 1) *
+                  (p.mode == Mode::max_pool ? 16
+                   : p.mode == Mode::none   ? 4
+                                            : 1);
+    return quarters * Transform::kIn * kTile / 4 * static_cast<int64_t>(sizeof(T));
   }
 
   // The pixels that read() needs of a group.

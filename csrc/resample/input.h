@@ -30,7 +30,7 @@ struct Input {
   int64_t N, H, W, C;
 };
 
-// Channels [c, c + count) of a source.
+// Channels [c, c + count) of a source or a map.
 template <class T>
 Source<T> channels(Source<T> s, int64_t c, int64_t count) {
   s.y.data += c;
@@ -39,6 +39,13 @@ Source<T> channels(Source<T> s, int64_t c, int64_t count) {
   s.scale += c;
   s.shift += c;
   return s;
+}
+
+template <class T>
+Map<T> channels(Map<T> m, int64_t c, int64_t count) {
+  m.data += c;
+  m.C = count;
+  return m;
 }
 
 }  // namespace fastunet

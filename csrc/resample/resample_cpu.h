@@ -227,7 +227,7 @@ class ResampleBwd {
     std::vector<A> gathered(vertical ? W * C : 0), columns(vertical ? place_.W * C : 0);
     for (int64_t unit = begin; unit < end; ++unit) {
       if (mode_ == Mode::max_pool) {
-        max_pool(n, unit, sums);
+        max_pool(n, unit, 0, dz_.W, sums, C);
       } else if (mode_ == Mode::none) {
         const int64_t w0 = place_.w_begin(), w1 = place_.w_end(dz_.W);
         if (!place_.has_row(unit, dz_.H) || w0 >= w1) {
@@ -242,6 +242,15 @@ class ResampleBwd {
         row(n, unit, 0, W, gathered.data(), C, sums);
       }
     }
+  }
+
+  // What a part of a pooled map sends back, pixels [h0, h1) x [w0, w1) of dz, which is all of it.
+  // sums: as above, of other channels as well, its rows `row` apart.
+  void max_pool(int64_t n, int64_t h0, int64_t h1, int64_t w0, int64_t w1, A* sums,
+                int64_t row) const {
+    for (int64_t h = h0; h < h1; ++h) max_pool(n, h, w0, w1, sums, row);
+    if (h1 == dz_.H && 2 * h1 < s_.y.H)  // a last row without a partner
+      zero(dy_.at(n, 2 * h1, 2 * w0), (w1 == dz_.W ? s_.y.W : 2 * w1) - 2 * w0, dy_.sw, s_.y.C);
   }
 
  private:
@@ -264,9 +273,12 @@ class ResampleBwd {
     });
   }
 
-  void max_pool(int64_t n, int64_t unit, A* sums) const {
+  // Two rows of source pixels, from pixels [begin, end) of a row of dz.
+  void max_pool(int64_t n, int64_t unit, int64_t begin, int64_t end, A* sums,
+                int64_t sums_row) const {
     const int64_t C = s_.y.C, W = s_.y.W, sw = s_.y.sw, dw = dy_.sw;
-    const int64_t w0 = place_.w_begin(), w1 = place_.w_end(dz_.W);
+    const int64_t w0 = std::max(begin - place_.left, place_.w_begin());
+    const int64_t w1 = std::min(end - place_.left, place_.w_end(dz_.W));
     const bool has_bottom = 2 * unit + 1 < s_.y.H;
     if (unit >= place_.H || !place_.has_row(unit, dz_.H) || w0 >= w1) {
       zero(dy_.at(n, 2 * unit), W, dw, C);
@@ -274,8 +286,8 @@ class ResampleBwd {
       return;
     }
     for (int64_t h : {2 * unit, 2 * unit + 1}) {
-      zero(dy_.at(n, h), 2 * w0, dw, C);
-      zero(dy_.at(n, h, 2 * w1), W - 2 * w1, dw, C);
+      if (begin == 0) zero(dy_.at(n, h), 2 * w0, dw, C);
+      if (end == dz_.W) zero(dy_.at(n, h, 2 * w1), W - 2 * w1, dw, C);
     }
     const T* y[2] = {s_.y.at(n, 2 * unit, 2 * w0), s_.y.at(n, 2 * unit + 1, 2 * w0)};
     T* dy[2] = {dy_.at(n, 2 * unit, 2 * w0), dy_.at(n, 2 * unit + 1, 2 * w0)};
@@ -306,7 +318,7 @@ class ResampleBwd {
           sum.add(g, value[k] - channel.center);
         }
       }
-      sum.add_to(sums, C, c, lanes);
+      sum.add_to(sums, sums_row, c, lanes);
     });
   }
 
@@ -346,9 +358,9 @@ class ResampleBwd {
       scale += g * centred;
       shift += g;
     }
-    FASTUNET_INLINE void add_to(A* sums, int64_t C, int64_t c, int lanes) const {
+    FASTUNET_INLINE void add_to(A* sums, int64_t row, int64_t c, int lanes) const {
       store(sums + c, load(sums + c, lanes) + scale, lanes);
-      store(sums + C + c, load(sums + C + c, lanes) + shift, lanes);
+      store(sums + row + c, load(sums + row + c, lanes) + shift, lanes);
     }
   };
 
