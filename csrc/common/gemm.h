@@ -33,7 +33,7 @@ struct Sums {
   // f(row, block, offset in the block, sum)
   template <class F>
   FASTUNET_INLINE void each(F f) {
-#pragma GCC unroll 16
+#pragma GCC unroll 32
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
       for (int b = 0; b < B; ++b)
@@ -48,7 +48,7 @@ struct Sums {
     for (int b = 0; b < B; ++b)
 #pragma GCC unroll 4
       for (int i = 0; i < kVecs; ++i) factors[b][i] = load(w + b * block + i * kLanes);
-#pragma GCC unroll 16
+#pragma GCC unroll 32
     for (int r = 0; r < R; ++r) {
       const vfloat value = splat(x[r * row]);
 #pragma GCC unroll 4
@@ -80,22 +80,23 @@ void multiply_tile(const float* v, int64_t v_block, const float* u, int64_t u_bl
   sums.store_to(m, kBlock, m_block);
 }
 
-// Calls f with `rows` as a compile-time number in 1 ... kRows.
-template <class F>
+// Calls f with `rows` as a compile-time number in 1 ... kMost.
+template <int kMost, class F>
 FASTUNET_INLINE void with_rows(int64_t rows, F f) {
   [&]<int... R>(std::integer_sequence<int, R...>) {
     (void)((rows == R + 1 && (f(std::integral_constant<int, R + 1>{}), true)) || ...);
-  }(std::make_integer_sequence<int, kRows>{});
+  }(std::make_integer_sequence<int, kMost>{});
 }
 
 // Blocks [n, n + B) of u and m, all tiles of v. u: [blocks][K][16] of one point.
 template <int B>
 void multiply_blocks(const float* v, int64_t v_block, const float* u, int64_t K, float* m,
                      int64_t m_block, int64_t tiles, bool add) {
-  const int64_t panels = ceil_div(tiles, kRows);
+  constexpr int kMost = kRows * kBlocks / B;
+  const int64_t panels = ceil_div(tiles, kMost);
   for (int64_t p = 0; p < panels; ++p) {
     const int64_t t = tiles * p / panels, rows = tiles * (p + 1) / panels - t;
-    with_rows(rows, [&](auto R) {
+    with_rows<kMost>(rows, [&](auto R) {
       multiply_tile<R, B>(v + t * kBlock, v_block, u, K * kBlock, K, m + t * kBlock, m_block, add);
     });
   }

@@ -10,21 +10,6 @@
 
 namespace fastunet {
 
-// Mean and sum of squared deviations of `count` values.
-struct Moments {
-  double count = 0, mean = 0, m2 = 0;
-
-  // Chan, Golub, LeVeque: "Updating formulae and a pairwise algorithm for computing sample
-  // variances" (1979).
-  void merge(const Moments& other) {
-    if (other.count == 0) return;
-    const double total = count + other.count, delta = other.mean - mean;
-    mean += delta * (other.count / total);
-    m2 += other.m2 + delta * delta * (count * other.count / total);
-    count = total;
-  }
-};
-
 // Per-channel mean and squared deviations of rows of pixels, in two sweeps over values that stay in
 // cache: no cancellation, whatever the mean.
 template <class T>
@@ -88,30 +73,47 @@ struct Normalization {
   A *center, *scale, *shift, *var;  // [rows, C]
 };
 
+// From the moments of all chunks: their mean first, then the squared deviations from that, without
+// cancellation.
 template <class T>
 void finalize(const ChunkMoments<T>& chunks, const Grouping& g, const acc_t<T>* bias,
               const acc_t<T>* gamma, const acc_t<T>* beta, double eps,
               const Normalization<acc_t<T>>& out) {
   using A = acc_t<T>;
   const int64_t count = static_cast<int64_t>(chunks.counts.size());
-  const int64_t per_row = g.rows() ? count / g.rows() : 0;
+  const int64_t per_row = g.rows() ? count / g.rows() : 0, width = g.width();
+  // Between channels of a group the bias matters; within one it moves the mean alone.
+  const auto bias_of = [&](int64_t c) { return bias && width > 1 ? bias[c] : A(0); };
+  std::vector<double> mean(g.C), m2(g.C);
   for (int64_t row = 0; row < g.rows(); ++row) {
-    for (int64_t first = 0; first < g.C; first += g.width()) {
-      Moments all;
-      for (int64_t c = first; c < first + g.width(); ++c) {
-        Moments channel;
-        for (int64_t k = row * per_row; k < (row + 1) * per_row; ++k)
-          channel.merge({static_cast<double>(chunks.counts[k]), chunks.values[k * 2 * g.C + c],
-                         chunks.values[k * 2 * g.C + g.C + c]});
-        // Between channels of a group the bias matters; within one it moves the mean alone.
-        if (bias && g.width() > 1) channel.mean += bias[c];
-        all.merge(channel);
+    double pixels = 0;
+    const auto add_up = [&](std::vector<double>& sums, auto term) {
+      sums.assign(g.C, 0.0);
+      pixels = 0;
+      for (int64_t k = row * per_row; k < (row + 1) * per_row; ++k) {
+        const A* values = chunks.values.data() + k * 2 * g.C;
+        const auto n = static_cast<double>(chunks.counts[k]);
+        pixels += n;
+        for (int64_t c = 0; c < g.C; ++c) sums[c] += term(n, c, values[c], values[g.C + c]);
       }
-      const double var = all.count ? all.m2 / all.count : 0, rstd = 1 / std::sqrt(var + eps);
-      for (int64_t c = first; c < first + g.width(); ++c) {
+    };
+    add_up(mean, [](double n, int64_t, double m, double) { return n * m; });
+    for (int64_t c = 0; c < g.C; ++c) mean[c] /= std::max(pixels, 1.0);
+    add_up(m2, [&](double n, int64_t c, double m, double squares) {
+      return squares + n * (m - mean[c]) * (m - mean[c]);
+    });
+    for (int64_t first = 0; first < g.C; first += width) {
+      double center = 0, squares = 0;
+      for (int64_t c = first; c < first + width; ++c) center += (mean[c] + bias_of(c)) / width;
+      for (int64_t c = first; c < first + width; ++c) {
+        const double apart = mean[c] + bias_of(c) - center;
+        squares += m2[c] + pixels * apart * apart;
+      }
+      const double var = squares / std::max(pixels * width, 1.0), rstd = 1 / std::sqrt(var + eps);
+      for (int64_t c = first; c < first + width; ++c) {
         const int64_t i = row * g.C + c;
         out.var[i] = static_cast<A>(var);
-        out.center[i] = static_cast<A>(all.mean - (bias && g.width() > 1 ? bias[c] : 0));
+        out.center[i] = static_cast<A>(center - bias_of(c));
         out.scale[i] = static_cast<A>(rstd * (gamma ? gamma[c] : 1));
         out.shift[i] = beta ? beta[c] : 0;
       }
