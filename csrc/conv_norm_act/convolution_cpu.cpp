@@ -114,7 +114,7 @@ class SourceBwd {
     dscale_ = rows<float>(to.dscale, rows_ * y.C, "dscale of a source");
     dshift_ = rows<float>(to.dshift, rows_ * y.C, "dshift of a source");
     dz_ = map_grad(source, dy_, to.dz, H, W);
-    pooled_ = source.mode == Mode::max_pool && H == dy_.H / 2 && W == dy_.W / 2;
+    pooled_ = source.mode == Mode::max_pool && H == dy_.H / 2 && W == dy_.W / 2 && H * W > 0;
     resampled_ = to.dz.has_value() && !pooled_;
   }
 
