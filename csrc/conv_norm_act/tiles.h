@@ -67,15 +67,17 @@ struct Tiling {
 // they are large, so that the points of one tile do not fall into the same sets of L1, and 64 more
 // where the points of one block would fall into the same sets of L2.
 struct Panels {
+  static constexpr int64_t kApart = 65;
   float* data;
   int64_t blocks, tiles;
 
+  // Enough for any number of tiles up to `tiles`.
   static int64_t floats(int64_t points, int64_t blocks, int64_t tiles) {
-    return points * Panels{nullptr, blocks, tiles}.plane();
+    return points * (blocks * tiles + kApart) * kBlock;
   }
   int64_t plane() const {
     const int64_t lines = blocks * tiles;
-    return (lines + (lines % 256 == 0 ? 65 : 1)) * kBlock;
+    return (lines + (lines % 256 == 0 ? kApart : 1)) * kBlock;
   }
   int64_t block() const { return tiles * kBlock; }
   // The same, its first block being number b.

@@ -53,6 +53,8 @@ LARGE = {
     "shared in small tiles": conv("frozen", Source(8, 88, 90, slope=1.0), slope=1.0, n=3),
     # tiles of 6 by range
     "large ranges": conv("group", Source(150, 100, 101, slope=1.0), out_channels=72, n=1),
+    # the weight's gradient by batches of 64 to 66 tiles; 64 by 8 blocks of channels lie otherwise
+    "uneven batches": conv("none", Source(128, 40, 256, slope=1.0), out_channels=64, n=1),
     "thin": conv("none", Source(4, 1, 700, slope=1.0), Source(3, 1, 700, rows="plain")),
     "transposed": ConvTranspose(Source(20, 50, 70, slope=1.0), 18),
     "transposed, wide": ConvTranspose(Source(130, 12, 300, BILINEAR, slope=1.0), 33),
