@@ -30,12 +30,11 @@ void parallel_tasks(int64_t count, F f) {
       for (int64_t t = 0; t < threads; ++t) {
         std::atomic<uint64_t>& range = ranges[(own + t) % threads].left;
         uint64_t left = range.load();
-        while (left / kFirst < left % kFirst)
-          if (t == 0) {
-            if (range.compare_exchange_weak(left, left + kFirst)) f(left / kFirst), left += kFirst;
-          } else {
-            if (range.compare_exchange_weak(left, left - 1)) f(left % kFirst - 1), left -= 1;
-          }
+        while (left / kFirst < left % kFirst) {
+          const uint64_t rest = t == 0 ? left + kFirst : left - 1;
+          const uint64_t task = t == 0 ? left / kFirst : rest % kFirst;
+          if (range.compare_exchange_weak(left, rest)) f(task), left = rest;
+        }
       }
   });
 }

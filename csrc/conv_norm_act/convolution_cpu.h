@@ -122,7 +122,7 @@ class Convolution {
 
   void by_group(const Tiling& tiling) const {
     output_.prepare(tiling);
-    const bool far = tiling.count() * tiling.max_tiles() * map_bytes_of_tile() > kFarBytes;
+    const bool far = tiling.max_tiles_of_all() * map_bytes_of_tile() > kFarBytes;
     float* u = shared_workspace().get(weight_floats());
     transform_weights(u);
     parallel_tasks(tiling.count(), [&](int64_t g) {
@@ -163,21 +163,22 @@ class Convolution {
   void by_range(const Tiling& tiling) const {
     output_.prepare(tiling);
     const int64_t inputs = this->inputs(), columns = ceil_div(outputs(), kBlocks);
-    const auto [ranges, parts] = tasks(tiling.count() * tiling.max_tiles());
+    const auto [ranges, parts] = tasks(tiling.max_tiles_of_all());
     parallel_tasks(ranges * parts, [&](int64_t task) {
       const int64_t range = task / parts, part = task % parts;
       const int64_t first = tiling.count() * range / ranges;
       const std::vector<int64_t> offsets =
           tiling.offsets(first, tiling.count() * (range + 1) / ranges);
-      const int64_t tiles = offsets.back(), v_floats = Panels::floats(kPoints, inputs, tiles);
-      float* scratch = thread_workspace().get(
-          v_floats + std::max(reader_.scratch_floats(tiling), outputs_floats(tiles)));
-      const Panels v{scratch, inputs, tiles};
+      const int64_t tiles = offsets.back();
+      Scratch left{
+          thread_workspace().get(Panels::floats(kPoints, inputs, tiles) +
+                                 std::max(reader_.scratch_floats(tiling), outputs_floats(tiles)))};
+      const Panels v = left.panels(kPoints, inputs, tiles);
       for (size_t g = 0; g + 1 < offsets.size(); ++g)
-        reader_.read(tiling.group(first + g), 0, inputs, v, offsets[g], scratch + v_floats);
+        reader_.read(tiling.group(first + g), 0, inputs, v, offsets[g], left.rest);
       for (int64_t c = columns * part / parts; c < columns * (part + 1) / parts; ++c)
         outputs_of(tiling, v, offsets, first, c * kBlocks,
-                   std::min<int64_t>((c + 1) * kBlocks, outputs()), scratch + v_floats);
+                   std::min<int64_t>((c + 1) * kBlocks, outputs()), left.rest);
     });
   }
 
@@ -236,7 +237,7 @@ void convolution_bwd(const Input<T>& x, const Input<T>& dy, const Weight& weight
   const Tiling tiling(dy.N, dy.H, dy.W, kTile, target);
   output.prepare(tiling);
   const int64_t map_bytes = of_input.map_bytes_of_tile() + x_reader.bytes_of_tile();
-  const bool far = tiling.count() * tiling.max_tiles() * map_bytes > kFarBytes;
+  const bool far = tiling.max_tiles_of_all() * map_bytes > kFarBytes;
   const int64_t shares = of_weight.shares(tiling);
   float* u = shared_workspace().get(of_input.weight_floats() + shares * of_weight.sum_floats());
   float* sums = u + of_input.weight_floats();

@@ -22,7 +22,7 @@ void chunk_moments(const T* y, int64_t rows, int64_t row_stride, int64_t pixels,
       for_tiles(pixels, C, [&](int64_t p, int64_t end, int64_t c, auto lanes) {
         const vec<A> m = load(mean + c, lanes);
         const T* from = y + r * row_stride + c;
-        vec<A> part[4] = {};  // an addition takes as long as four of them
+        vec<A> part[4] = {};  // one sum would wait for each addition before the next
         for (; p + 4 <= end; p += 4)
 #pragma GCC unroll 4
           for (int i = 0; i < 4; ++i)

@@ -41,6 +41,7 @@ struct Tiling {
   int64_t per_sample() const { return group_rows * group_columns; }
   int64_t count() const { return N * per_sample(); }
   int64_t max_tiles() const { return rows * columns; }
+  int64_t max_tiles_of_all() const { return count() * max_tiles(); }
 
   Group group(int64_t g) const {
     const int64_t in_sample = g % per_sample();
@@ -256,13 +257,13 @@ class Reader {
 
   // Of the sources, for a tile in a row of tiles.
   int64_t bytes_of_tile() const {
-    int64_t quarters = 0;
-    for (const Pending<T>& p : in_.sources)
-      quarters += p.source.y.C * (p.raw ? 2 : 1) *
-                  (p.mode == Mode::max_pool ? 16
-                   : p.mode == Mode::none   ? 4
-                                            : 1);
-    return quarters * Transform::kIn * kTile / 4 * static_cast<int64_t>(sizeof(T));
+    int64_t values = 0;
+    for (const Pending<T>& p : in_.sources) {
+      const auto [times, over] = stride_of(p.mode);
+      values +=
+          p.source.y.C * (p.raw ? 2 : 1) * Transform::kIn * kTile * times * times / (over * over);
+    }
+    return values * static_cast<int64_t>(sizeof(T));
   }
 
   // The pixels that read() needs of a group.
@@ -272,9 +273,7 @@ class Reader {
     for (const Pending<T>& p : in_.sources) {
       const Map<const T>& y = p.source.y;
       const Placement place(p.mode, y.H, y.W, in_.H, in_.W);
-      // Output pixel i of an axis reads pixels of the source around i * times / over.
-      const int64_t times = p.mode == Mode::max_pool ? 2 : 1;
-      const int64_t over = p.mode == Mode::none || p.mode == Mode::max_pool ? 1 : 2;
+      const int64_t times = stride_of(p.mode).times, over = stride_of(p.mode).over;
       const auto from = [&](int64_t i, int64_t start) { return (i - start) * times / over; };
       const auto add = [&](const Map<const T>& m) {
         lines.add(m, g.n, from(h0, place.top), from(h1, place.top) + (over > 1),

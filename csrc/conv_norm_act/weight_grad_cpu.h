@@ -121,7 +121,7 @@ class WeightGrad {
     const int64_t inputs = blocks_of(x_.C), outputs = blocks_of(dy_.C);
     const int64_t columns = ceil_div(outputs, kBlocks);
     const int64_t most =
-        std::min(kSumBytes / (sum_floats() * 4), tiling.count() * tiling.max_tiles() / kShareTiles);
+        std::min(kSumBytes / (sum_floats() * 4), tiling.max_tiles_of_all() / kShareTiles);
     const int64_t shares = std::bit_floor<uint64_t>(std::clamp<int64_t>(most, 1, 16));
     // Parts of what is more: each part reads all of the other.
     const int64_t wanted = ceil_div(torch::stable::get_num_threads(), shares);

@@ -15,6 +15,14 @@ inline Mode checked_mode(int64_t mode) {
   return static_cast<Mode>(mode);
 }
 
+// Pixel i of an axis of the resampled map reads pixels of the source around i * times / over.
+struct Stride {
+  int64_t times, over;
+};
+inline Stride stride_of(Mode mode) {
+  return {mode == Mode::max_pool ? 2 : 1, mode == Mode::none || mode == Mode::max_pool ? 1 : 2};
+}
+
 // Where the resampled map lies within the output: centred, padded with zeros or cropped.
 // `H`, `W` is the resampled size; pixel (h, w) of it is output pixel (h + top, w + left).
 struct Placement {

@@ -132,7 +132,7 @@ def test_any_large(build, threads, case):
 CONVOLUTIONS = {"aten::convolution", "aten::convolution_backward"}
 
 
-@pytest.mark.parametrize("case", [Conv((Source(8, 32, 32),)), ConvTranspose(Source(8, 32, 32))])
+@pytest.mark.parametrize("case", [Conv((Source(64, 32, 32),)), ConvTranspose(Source(8, 32, 32))])
 def test_ieee_precision(compiled, case):
     """Who asks for it gets PyTorch's direct convolution, forward and backward."""
     tensors = case.tensors()
@@ -152,4 +152,4 @@ def test_ieee_precision(compiled, case):
     assert names == CONVOLUTIONS
     exact = oracle(case, tensors)["out"]
     errors = [(r["out"].double() - exact).norm() / exact.norm() for r in (ours, direct)]
-    assert max(errors) <= FP32_BUDGET
+    assert errors[1] <= errors[0] <= FP32_BUDGET
