@@ -148,12 +148,17 @@ FASTUNET_INLINE A sum_lanes(vec<A> v) {
   return (sum[0] + sum[2]) + (sum[1] + sum[3]);
 }
 
+// Pixels whose channels for_tiles takes at a time.
+inline int64_t tile_pixels(int64_t channels) {
+  return channels >= 512 ? 2 : channels > 32 ? 1024 / channels : 32;
+}
+
 // Calls f(first pixel, end pixel, channel, lanes) over [0, pixels) x [0, channels): tiles small
 // enough to stay in L1, and within a tile one group of channels at a time, so that per-channel
 // values stay in registers. `lanes` is a compile-time kLanes except in the last, partial group.
 template <class F>
 FASTUNET_INLINE void for_tiles(int64_t pixels, int64_t channels, F f) {
-  const int64_t tile = channels >= 512 ? 2 : channels > 32 ? 1024 / channels : 32;
+  const int64_t tile = tile_pixels(channels);
   for (int64_t p = 0; p < pixels; p += tile) {
     const int64_t end = p + tile < pixels ? p + tile : pixels;
     int64_t c = 0;

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "common/parallel.h"
+#include "common/prefetch.h"
 #include "common/reduction.h"
 #include "resample/mode.h"
 
@@ -22,12 +23,14 @@ struct Taps {
     int64_t low, high;
     A weight;
   };
-  struct Term {
-    int64_t out;
-    A weight;
+  // Outputs [first, first + count) read an input; they are at most 4 where interpolation steps by
+  // a half, 5 where it steps by (in - 1) / (2 * in - 1).
+  struct Adjoint {
+    int64_t first = 0, count = 0;
+    std::array<A, 5> weights{};
   };
-  std::vector<Tap> taps;                   // per output
-  std::vector<std::vector<Term>> adjoint;  // per input: the outputs that read it, ascending
+  std::vector<Tap> taps;         // per output
+  std::vector<Adjoint> adjoint;  // per input
 
   Taps(Mode mode, int64_t in) : taps(2 * in), adjoint(in) {
     for (int64_t i = 0; i < 2 * in; ++i) {
@@ -49,12 +52,11 @@ struct Taps {
 
  private:
   void add(int64_t in, int64_t out, A weight) {
-    auto& terms = adjoint[in];
     if (weight == 0) return;
-    if (!terms.empty() && terms.back().out == out)
-      terms.back().weight += weight;
-    else
-      terms.push_back({out, weight});
+    Adjoint& to = adjoint[in];
+    if (to.count == 0) to.first = out;
+    to.count = out + 1 - to.first;
+    to.weights.at(out - to.first) += weight;
   }
 };
 
@@ -238,7 +240,16 @@ class ResampleBwd {
         zero(dy_.at(n, unit, w1), W - w1, dy_.sw, C);
         row(n, unit, w0, w1, dz_.at(n, unit + place_.top, w0 + place_.left), dz_.sw, sums);
       } else {
-        gather(n, vertical->adjoint[unit], *horizontal, columns.data(), gathered.data());
+        const auto& rows = vertical->adjoint[unit];
+        Prefetch next;
+        if (unit + 1 < s_.y.H) {
+          const auto& more = vertical->adjoint[unit + 1];
+          next.add(dz_, n, rows.first + rows.count + place_.top,
+                   more.first + more.count + place_.top, 0, dz_.W);
+          next.add(s_.y, n, unit + 1, unit + 2, 0, W);
+          next.add(dy_.read_only(), n, unit + 1, unit + 2, 0, W);
+        }
+        gather(n, rows, *horizontal, columns.data(), gathered.data(), next);
         row(n, unit, 0, W, gathered.data(), C, sums);
       }
     }
@@ -323,30 +334,33 @@ class ResampleBwd {
   }
 
   // out[w] = the adjoint of interpolation at one source row: first over rows, then over columns.
-  void gather(int64_t n, const std::vector<typename Taps<A>::Term>& rows, const Taps<A>& horizontal,
-              A* columns, A* out) const {
+  void gather(int64_t n, const typename Taps<A>::Adjoint& rows, const Taps<A>& horizontal,
+              A* columns, A* out, Prefetch& lines) const {
     const int64_t C = s_.y.C, W = s_.y.W;
     const int64_t w0 = place_.w_begin(), w1 = place_.w_end(dz_.W);
-    std::array<std::pair<const T*, A>, 8> terms;
-    size_t count = 0;
-    for (const auto& term : rows)
-      if (place_.has_row(term.out, dz_.H))
-        terms.at(count++) = {dz_.at(n, term.out + place_.top, w0 + place_.left), term.weight};
+    const int64_t first = std::max(rows.first, -place_.top);
+    const int64_t last = std::min(rows.first + rows.count, dz_.H - place_.top);
     std::fill_n(columns, w0 * C, A(0));
     std::fill_n(columns + w1 * C, (place_.W - w1) * C, A(0));
+    const int64_t parts = ceil_div(w1 - w0, tile_pixels(C)) * ceil_div(C, kLanes);
     for_tiles(w1 - w0, C, [&](int64_t p, int64_t end, int64_t c, auto lanes) {
+      lines.advance(parts);
+      const T* from = dz_.at(n, first + place_.top, w0 + place_.left) + c;
+      const A* weights = rows.weights.data() + (first - rows.first);
       for (; p < end; ++p) {
         V sum{};
-        for (size_t i = 0; i < count; ++i)
-          sum += terms[i].second * load(terms[i].first + p * dz_.sw + c, lanes);
+        for (int64_t i = 0; i < last - first; ++i)
+          sum += weights[i] * load(from + i * dz_.sh + p * dz_.sw, lanes);
         store(columns + (w0 + p) * C + c, sum, lanes);
       }
     });
     for_tiles(W, C, [&](int64_t w, int64_t end, int64_t c, auto lanes) {
       for (; w < end; ++w) {
+        const auto& terms = horizontal.adjoint[w];
+        const A* from = columns + terms.first * C + c;
         V sum{};
-        for (const auto& term : horizontal.adjoint[w])
-          sum += term.weight * load(columns + term.out * C + c, lanes);
+        for (int64_t i = 0; i < terms.count; ++i)
+          sum += terms.weights[i] * load(from + i * C, lanes);
         store(out + w * C + c, sum, lanes);
       }
     });
