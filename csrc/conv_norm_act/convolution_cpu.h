@@ -53,9 +53,8 @@ class Convolution {
   // What is in L2 at a time: a group's tiles, its outputs, and what the next one reads.
   int64_t bytes_of_tile() const {
     return kPatch * (kByRows ? kTile : kPatch) * (inputs() + outputs()) * kBlock * 4 +
-           map_bytes_of_tile();
+           reader_.bytes_of_tile() + output_.bytes_of_tile();
   }
-  int64_t map_bytes_of_tile() const { return reader_.bytes_of_tile() + output_.bytes_of_tile(); }
 
   // The steps of by_group: the transformed weights, then group by group.
   int64_t weight_floats() const { return kPoints * u_plane(); }
@@ -101,7 +100,7 @@ class Convolution {
     } else {
       const Panels v = left.panels(kPoints, inputs, tiles);
       const Panels m = left.panels(kPoints, outputs, tiles);
-      reader_.read(group, 0, inputs, v, 0, left.rest, grad_z);
+      for (int64_t b = 0; b < inputs; ++b) reader_.read(group, b, v, 0, left.rest, grad_z);
       for (int p = 0; p < kPoints; ++p) {
         lines.advance(kPoints);
         multiply(v.at(p, 0), v.block(), u + p * u_plane(), in_.C, m.at(p, 0), m.block(), outputs,
@@ -122,16 +121,13 @@ class Convolution {
 
   void by_group(const Tiling& tiling) const {
     output_.prepare(tiling);
-    const bool far = tiling.max_tiles_of_all() * map_bytes_of_tile() > kFarBytes;
     float* u = shared_workspace().get(weight_floats());
     transform_weights(u);
     parallel_tasks(tiling.count(), [&](int64_t g) {
       Prefetch lines;
-      if (far) {
-        output_.prefetch_read(tiling.group(g), lines);
-        output_.prefetch_written(tiling.group(g), lines);
-        if (g + 1 < tiling.count()) prefetch_input(tiling.group(g + 1), lines);
-      }
+      output_.prefetch_read(tiling.group(g), lines);
+      output_.prefetch_written(tiling.group(g), lines);
+      if (g + 1 < tiling.count()) prefetch_input(tiling.group(g + 1), lines);
       convolve_group(tiling, g, u, thread_workspace().get(scratch_floats(tiling)), lines);
     });
   }
@@ -174,8 +170,14 @@ class Convolution {
           thread_workspace().get(Panels::floats(kPoints, inputs, tiles) +
                                  std::max(reader_.scratch_floats(tiling), outputs_floats(tiles)))};
       const Panels v = left.panels(kPoints, inputs, tiles);
-      for (size_t g = 0; g + 1 < offsets.size(); ++g)
-        reader_.read(tiling.group(first + g), 0, inputs, v, offsets[g], left.rest);
+      for (size_t g = 0; g + 1 < offsets.size(); ++g) {
+        Prefetch next;
+        if (g + 2 < offsets.size()) prefetch_input(tiling.group(first + g + 1), next);
+        for (int64_t b = 0; b < inputs; ++b) {
+          next.advance(inputs);
+          reader_.read(tiling.group(first + g), b, v, offsets[g], left.rest);
+        }
+      }
       for (int64_t c = columns * part / parts; c < columns * (part + 1) / parts; ++c)
         outputs_of(tiling, v, offsets, first, c * kBlocks,
                    std::min<int64_t>((c + 1) * kBlocks, outputs()), left.rest);
@@ -236,8 +238,6 @@ void convolution_bwd(const Input<T>& x, const Input<T>& dy, const Weight& weight
   }
   const Tiling tiling(dy.N, dy.H, dy.W, kTile, target);
   output.prepare(tiling);
-  const int64_t map_bytes = of_input.map_bytes_of_tile() + x_reader.bytes_of_tile();
-  const bool far = tiling.max_tiles_of_all() * map_bytes > kFarBytes;
   const int64_t shares = of_weight.shares(tiling);
   float* u = shared_workspace().get(of_input.weight_floats() + shares * of_weight.sum_floats());
   float* sums = u + of_input.weight_floats();
@@ -248,11 +248,9 @@ void convolution_bwd(const Input<T>& x, const Input<T>& dy, const Weight& weight
     float* sum = sums + share * of_weight.sum_floats();
     of_weight.for_share(tiling, share, scratch, sum, [&](int64_t g) {
       Prefetch here, next;
-      if (far) {
-        output.prefetch_written(tiling.group(g), here);
-        x_reader.prefetch(tiling.group(g), here);
-        if (g + 1 < tiling.count()) of_input.prefetch_input(tiling.group(g + 1), next);
-      }
+      output.prefetch_written(tiling.group(g), here);
+      x_reader.prefetch(tiling.group(g), here);
+      if (g + 1 < tiling.count()) of_input.prefetch_input(tiling.group(g + 1), next);
       float* grad_z = of_weight.rest(scratch);
       float* rest = grad_z + of_weight.grad_floats(tiling);
       of_input.convolve_group(tiling, g, u, rest, here, grad_z);

@@ -215,19 +215,18 @@ class Reader {
     return kOut * row_floats(tiling.columns) + patch_floats(tiling);
   }
 
-  // Blocks [begin, end) of channels of a group, to tiles [tile, tile + group.tiles()) of v.
-  void read(const Tiling::Group& g, int64_t begin, int64_t end, const Panels& v, int64_t tile,
-            float* scratch, float* grad_z = nullptr) const {
+  // Block b of channels of a group, to tiles [tile, tile + group.tiles()) of v.
+  void read(const Tiling::Group& g, int64_t b, const Panels& v, int64_t tile, float* scratch,
+            float* grad_z = nullptr) const {
     const int64_t row = row_floats(g.columns);
     float* z = scratch;
-    for (int64_t b = begin; b < end; ++b)
-      transform_block(
-          g, b, scratch + kOut * row, grad_z, [&](int64_t) { return z; },
-          [&](int64_t r) {
-            for (int i = 0; i < kOut; ++i)
-              transform_row<Transform>(z + i * row, g.columns,
-                                       v.at(i * kOut, b, tile + r * g.columns), v.plane());
-          });
+    transform_block(
+        g, b, scratch + kOut * row, grad_z, [&](int64_t) { return z; },
+        [&](int64_t r) {
+          for (int i = 0; i < kOut; ++i)
+            transform_row<Transform>(z + i * row, g.columns,
+                                     v.at(i * kOut, b, tile + r * g.columns), v.plane());
+        });
   }
 
   // The same in two steps, so that only a row of the points is there at a time. All channels of a

@@ -102,16 +102,26 @@ class WeightGrad {
     return Reader<InputTransform<kTile>, T>::scratch_floats(tiling);
   }
 
+  // What the group behind g reads.
+  Prefetch next_lines(const Tiling& tiling, int64_t g) const {
+    Prefetch lines;
+    if (g + 1 < tiling.count()) {
+      read_x_.prefetch(tiling.group(g + 1), lines);
+      read_dy_.prefetch(tiling.group(g + 1), lines);
+    }
+    return lines;
+  }
+
   void by_group(const Tiling& tiling) const {
     float* sums = shared_workspace().get(shares(tiling) * sum_floats());
     parallel_tasks(shares(tiling), [&](int64_t share) {
       float* scratch = thread_workspace().get(scratch_floats(tiling));
       for_share(tiling, share, scratch, sums + share * sum_floats(), [&](int64_t g) {
-        Prefetch none;
+        Prefetch next = next_lines(tiling, g);
         float* grad_z = rest(scratch);
         float* more = grad_z + grad_floats(tiling);
         read_dy_.read_columns(tiling.group(g), grad_z, more);
-        add_group(tiling, g, scratch, grad_z, more, none);
+        add_group(tiling, g, scratch, grad_z, more, next);
       });
     });
     finish(sums, shares(tiling));
@@ -186,8 +196,16 @@ class WeightGrad {
       const Panels d = Panels{d_data, o1 - o0, tiles}.counted_from(o0);
       for (size_t g = 0; g + 1 < offsets.size(); ++g) {
         const Tiling::Group group = tiling.group(first + g);
-        read_x_.read(group, i0, i1, v, offsets[g], left.rest);
-        read_dy_.read(group, o0, o1, d, offsets[g], left.rest);
+        Prefetch next = next_lines(tiling, first + g);
+        const int64_t parts = i1 - i0 + o1 - o0;
+        for (int64_t i = i0; i < i1; ++i) {
+          next.advance(parts);
+          read_x_.read(group, i, v, offsets[g], left.rest);
+        }
+        for (int64_t o = o0; o < o1; ++o) {
+          next.advance(parts);
+          read_dy_.read(group, o, d, offsets[g], left.rest);
+        }
       }
       for (int64_t begin = o0; begin < o1; begin += set) {
         const int64_t end = std::min(begin + set, o1);

@@ -44,9 +44,6 @@ inline constexpr int64_t kGradBatchBytes = 4 << 20;
 inline constexpr int64_t kSumBytes = 8 << 20, kShareTiles = 64;
 // transformed weights that groups may stream from L3;
 inline constexpr int64_t kWeightBytes = 12 << 20;
-// bytes of maps, halos included, from which their lines are brought into L2 beforehand: they are
-// not all in L3, from where that costs more than it spares;
-inline constexpr int64_t kFarBytes = 32 << 20;
 // tiles in a group from which the weight's gradient, which adds up between groups, works by group.
 inline constexpr int64_t kGradTiles = 20;
 // tiles in a group from which both gradients share what they read.
