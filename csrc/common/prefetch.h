@@ -1,5 +1,5 @@
-// Lines of maps brought into L2 while products keep the arithmetic busy: the hardware follows
-// neither a stride of one line per pixel nor a row of pixels into its next page.
+// Cache lines brought into L2 while products keep the arithmetic busy: the hardware follows neither
+// a stride of one line per pixel nor a row of pixels into its next page.
 #pragma once
 
 #include <algorithm>
@@ -9,6 +9,16 @@
 
 namespace fastunet {
 
+inline constexpr int64_t kLine = 64;
+
+inline void prefetch(const char* begin, int64_t lines) {
+  for (int64_t i = 0; i < lines; ++i) __builtin_prefetch(begin + i * kLine, 0, 2);
+}
+inline void prefetch(const float* begin, int64_t floats) {
+  prefetch(reinterpret_cast<const char*>(begin), ceil_div(floats * 4, kLine));
+}
+
+// Lines of maps, a share at a time.
 class Prefetch {
  public:
   // Pixels [h0, h1) x [w0, w1) of sample n, clipped to the map.
@@ -30,8 +40,8 @@ class Prefetch {
       const Region& r = regions_[region_];
       const int64_t end = std::min(line_ + left, r.lines);
       left -= end - line_;
-      for (; line_ < end; ++line_)
-        __builtin_prefetch(r.begin + row_ * r.row_bytes + line_ * kLine, 0, 2);
+      prefetch(r.begin + row_ * r.row_bytes + line_ * kLine, end - line_);
+      line_ = end;
       if (line_ < r.lines) return;
       line_ = 0;
       if (++row_ < r.rows) continue;
@@ -41,7 +51,6 @@ class Prefetch {
   }
 
  private:
-  static constexpr int64_t kLine = 64;
   struct Region {
     const char* begin;
     int64_t row_bytes, rows, lines;

@@ -206,9 +206,13 @@ class Convolution {
       const int64_t count = std::min(depth, in_.C - k);
       for (int64_t b = 0; b < blocks; ++b)
         transform_weight<kTile>(weight_, k, k + count, begin + b, u + b * count * kBlock, u_plane);
-      for (int p = 0; p < kPoints; ++p)
-        multiply(v.at(p, k / kBlock), v.block(), u + p * u_plane, count, m.at(p, 0), m.block(),
-                 blocks, v.tiles, k > 0);
+      const int64_t b = k / kBlock, v_floats = blocks_of(count) * v.block();
+      for (int p = 0; p < kPoints; ++p) {
+        // The tiles of all channels are in L3, from where they come a chunk at a time.
+        if (p + 1 < kPoints) prefetch(v.at(p + 1, b), v_floats);
+        multiply(v.at(p, b), v.block(), u + p * u_plane, count, m.at(p, 0), m.block(), blocks,
+                 v.tiles, k > 0);
+      }
     }
     for (size_t g = 0; g + 1 < offsets.size(); ++g)
       output_.write(tiling.group(first + g), first + g, begin, end, m, offsets[g]);
