@@ -5,6 +5,8 @@ same width, or for widths between by what the two neighbours make of it; and two
 one. Interleaved; writes a JSON file into ``results/``.
 """
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,22 +59,24 @@ def squares(bases: tuple[int, ...], phase: str, rounds: int) -> dict[int, float]
 def measure(cases: list[Network], phase: str, rounds: int) -> dict[Network, dict[str, float]]:
     """Medians of seconds, by threads: each case beside the 256x256 image of its width."""
     found: dict[Network, dict[str, float]] = {}
-    threads = torch.get_num_threads()
     for network in tqdm(cases, unit="case", desc=phase, disable=None):
         basis = square(network.base)
-        works = {
+        works: dict[str, Callable[[], object]] = {
             "network": make(network, phase, FASTUNET, Setting()).run,
             "basis": make(basis, phase, FASTUNET, Setting()).run,
         }
+        if network == basis and torch.get_num_threads() > 1:
+            works["one thread"] = functools.partial(on_one_thread, works["basis"])
         times = interleave(works, rounds, 0.05, "cpu")
         found[network] = {name: quantile(values, 0.5) for name, values in times.items()}
-        if network == basis and threads > 1:
-            torch.set_num_threads(1)
-            found[network]["one thread"] = quantile(
-                interleave({"one": works["basis"]}, rounds, 0.05, "cpu")["one"], 0.5
-            )
-            torch.set_num_threads(threads)
     return found
+
+
+def on_one_thread(work: Callable[[], object]) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    work()
+    torch.set_num_threads(threads)
 
 
 def rows(

@@ -40,7 +40,7 @@ class WeightGrad {
   }
 
   // Whether the products of all pairs can stay in L2.
-  bool by_group_fits() const { return pairs() * product_floats() * 4 <= l2_bytes() * 3 / 10; }
+  bool by_group_fits() const { return pairs() * product_floats() * 4 <= l2_bytes() * 3 / 5; }
   // The steps of by_group: sums over the groups of each of `shares`.
   static int64_t shares(const Tiling& tiling) { return std::min<int64_t>(tiling.count(), 16); }
   // [blocks of outputs][inputs][taps][16]

@@ -23,11 +23,11 @@ struct Taps {
     int64_t low, high;
     A weight;
   };
-  // Outputs [first, first + count) read an input; they are at most 4 where interpolation steps by
-  // a half, 5 where it steps by (in - 1) / (2 * in - 1).
+  // Outputs [first, first + count) read an input: those less than one input away, of which there
+  // are at most 4.
   struct Adjoint {
     int64_t first = 0, count = 0;
-    std::array<A, 5> weights{};
+    std::array<A, 4> weights{};
   };
   std::vector<Tap> taps;         // per output
   std::vector<Adjoint> adjoint;  // per input
