@@ -235,8 +235,12 @@ void convolution_bwd(const Input<T>& x, const Input<T>& dy, const Weight& weight
   const WeightGrad<kTile, T> of_weight(x, dy, dweight);
   const Reader<InputTransform<kTile>, T>& x_reader = of_weight.input_reader();
   const int64_t tile_bytes = of_input.bytes_of_tile() + x_reader.bytes_of_tile();
-  const int64_t target = l2_bytes() * 3 / 5 / tile_bytes;
-  if (target < kSharedTiles || !of_weight.by_group_fits() || !of_input.worth_groups(target)) {
+  // To read the maps only once is worth more than to have everything in L2: the weight's products
+  // may come from L3, if each time serves enough tiles.
+  const int64_t target =
+      std::max(l2_bytes() * 3 / 5 / tile_bytes, std::min(kGradTiles, l2_bytes() / tile_bytes));
+  if (target < kSharedTiles || of_weight.products_bytes() > l2_bytes() * 6 / 5 ||
+      !of_input.worth_groups(target)) {
     of_weight.run();
     return of_input.run();
   }

@@ -33,14 +33,14 @@ class WeightGrad {
     const int64_t blocks = blocks_of(x_.C) + blocks_of(dy_.C);
     const int64_t target = std::min(l2_bytes() * 3 / 5 / (kPatch * kTile * blocks * kBlock * 4),
                                     l1_bytes() / (kPatch * blocks * kBlock * 4));
-    if (by_group_fits() && target >= kGradTiles && tiles >= 8 * target)
+    if (products_bytes() <= l2_bytes() * 3 / 5 && target >= kGradTiles && tiles >= 8 * target)
       by_group(Tiling(x_.N, x_.H, x_.W, kTile, target));
     else
       by_share(Tiling(x_.N, x_.H, x_.W, kTile, 32));
   }
 
-  // Whether the products of all pairs can stay in L2.
-  bool by_group_fits() const { return pairs() * product_floats() * 4 <= l2_bytes() * 3 / 5; }
+  // The products of all pairs: by group by itself they should stay in L2.
+  int64_t products_bytes() const { return products_floats() * 4; }
   // The steps of by_group: sums over the groups of each of `shares`.
   static int64_t shares(const Tiling& tiling) { return std::min<int64_t>(tiling.count(), 16); }
   // [blocks of outputs][inputs][taps][16]
