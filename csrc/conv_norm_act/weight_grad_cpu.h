@@ -39,7 +39,7 @@ class WeightGrad {
       by_share(Tiling(x_.N, x_.H, x_.W, kTile, 32));
   }
 
-  // The products of all pairs: by group by itself they should stay in L2.
+  // The products of all pairs, which each group reads and writes.
   int64_t products_bytes() const { return products_floats() * 4; }
   // The steps of by_group: sums over the groups of each of `shares`.
   static int64_t shares(const Tiling& tiling) { return std::min<int64_t>(tiling.count(), 16); }
