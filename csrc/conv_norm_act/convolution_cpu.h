@@ -109,8 +109,8 @@ class Convolution {
       output_.write(group, g, 0, outputs, m, 0);
     }
   }
-  void prefetch_input(const Tiling::Group& group, Prefetch& lines) const {
-    reader_.prefetch(group, lines);
+  void prefetch_next(const Tiling& tiling, int64_t g, Prefetch& lines) const {
+    reader_.prefetch_next(tiling, g, lines);
   }
 
  private:
@@ -127,7 +127,7 @@ class Convolution {
       Prefetch lines;
       output_.prefetch_read(tiling.group(g), lines);
       output_.prefetch_written(tiling.group(g), lines);
-      if (g + 1 < tiling.count()) prefetch_input(tiling.group(g + 1), lines);
+      prefetch_next(tiling, g, lines);
       convolve_group(tiling, g, u, thread_workspace().get(scratch_floats(tiling)), lines);
     });
   }
@@ -172,11 +172,8 @@ class Convolution {
       const Panels v = left.panels(kPoints, inputs, tiles);
       for (size_t g = 0; g + 1 < offsets.size(); ++g) {
         Prefetch next;
-        if (g + 2 < offsets.size()) prefetch_input(tiling.group(first + g + 1), next);
-        for (int64_t b = 0; b < inputs; ++b) {
-          next.advance(inputs);
-          reader_.read(tiling.group(first + g), b, v, offsets[g], left.rest);
-        }
+        prefetch_next(tiling, first + g, next);
+        reader_.read(tiling.group(first + g), 0, inputs, v, offsets[g], left.rest, next, inputs);
       }
       for (int64_t c = columns * part / parts; c < columns * (part + 1) / parts; ++c)
         outputs_of(tiling, v, offsets, first, c * kBlocks,
@@ -258,7 +255,7 @@ void convolution_bwd(const Input<T>& x, const Input<T>& dy, const Weight& weight
       Prefetch here, next;
       output.prefetch_written(tiling.group(g), here);
       x_reader.prefetch(tiling.group(g), here);
-      if (g + 1 < tiling.count()) of_input.prefetch_input(tiling.group(g + 1), next);
+      of_input.prefetch_next(tiling, g, next);
       float* grad_z = of_weight.rest(scratch);
       float* rest = grad_z + of_weight.grad_floats(tiling);
       of_input.convolve_group(tiling, g, u, rest, here, grad_z);

@@ -229,6 +229,15 @@ class Reader {
         });
   }
 
+  // Blocks [begin, end) of it, each with one of `parts` equal shares of `lines`.
+  void read(const Tiling::Group& g, int64_t begin, int64_t end, const Panels& v, int64_t tile,
+            float* scratch, Prefetch& lines, int64_t parts) const {
+    for (int64_t b = begin; b < end; ++b) {
+      lines.advance(parts);
+      read(g, b, v, tile, scratch);
+    }
+  }
+
   // The same in two steps, so that only a row of the points is there at a time. All channels of a
   // group down their columns, to z, [blocks][rows of tiles][kOut][columns][16]; `scratch`:
   // patch_floats.
@@ -284,6 +293,11 @@ class Reader {
       raw.data = p.raw;
       add(raw);
     }
+  }
+
+  // The same of the group behind g, if there is one.
+  void prefetch_next(const Tiling& tiling, int64_t g, Prefetch& lines) const {
+    if (g + 1 < tiling.count()) prefetch(tiling.group(g + 1), lines);
   }
 
  private:

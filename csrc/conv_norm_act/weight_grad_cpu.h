@@ -105,10 +105,8 @@ class WeightGrad {
   // What the group behind g reads.
   Prefetch next_lines(const Tiling& tiling, int64_t g) const {
     Prefetch lines;
-    if (g + 1 < tiling.count()) {
-      read_x_.prefetch(tiling.group(g + 1), lines);
-      read_dy_.prefetch(tiling.group(g + 1), lines);
-    }
+    read_x_.prefetch_next(tiling, g, lines);
+    read_dy_.prefetch_next(tiling, g, lines);
     return lines;
   }
 
@@ -198,14 +196,8 @@ class WeightGrad {
         const Tiling::Group group = tiling.group(first + g);
         Prefetch next = next_lines(tiling, first + g);
         const int64_t parts = i1 - i0 + o1 - o0;
-        for (int64_t i = i0; i < i1; ++i) {
-          next.advance(parts);
-          read_x_.read(group, i, v, offsets[g], left.rest);
-        }
-        for (int64_t o = o0; o < o1; ++o) {
-          next.advance(parts);
-          read_dy_.read(group, o, d, offsets[g], left.rest);
-        }
+        read_x_.read(group, i0, i1, v, offsets[g], left.rest, next, parts);
+        read_dy_.read(group, o0, o1, d, offsets[g], left.rest, next, parts);
       }
       for (int64_t begin = o0; begin < o1; begin += set) {
         const int64_t end = std::min(begin + set, o1);
