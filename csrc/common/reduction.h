@@ -28,17 +28,20 @@ struct Chunks {
 };
 
 // sums[row, c] = sum over the chunks of `row` (all chunks for a single row) of
-// partials[chunk * stride + c]; chunks of a row lie side by side.
+// partials[chunk * stride + c]; chunks of a row lie side by side. add: to what is in sums.
 template <class A>
 void sum_chunks(const A* partials, int64_t chunks, int64_t stride, int64_t C, int64_t rows,
-                A* sums) {
+                A* sums, bool add = false) {
   const int64_t per_row = rows ? chunks / rows : 0;
   std::vector<double> total(C);
   for (int64_t row = 0; row < rows; ++row) {
     total.assign(C, 0.0);
     for (int64_t k = row * per_row; k < (row + 1) * per_row; ++k)
       for (int64_t c = 0; c < C; ++c) total[c] += partials[k * stride + c];
-    for (int64_t c = 0; c < C; ++c) sums[row * C + c] = static_cast<A>(total[c]);
+    for (int64_t c = 0; c < C; ++c) {
+      A& sum = sums[row * C + c];
+      sum = add ? sum + static_cast<A>(total[c]) : static_cast<A>(total[c]);
+    }
   }
 }
 

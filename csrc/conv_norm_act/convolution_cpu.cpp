@@ -103,10 +103,10 @@ struct SourceGradTensors {
 template <class T>
 class SourceBwd {
  public:
-  // H, W: of the map that the source stands for.
+  // H, W: of the map that the source stands for. add: to what is in dy, dscale and dshift.
   SourceBwd(const Pending<T>& source, const MaybeTensor& scale, const SourceGradTensors& to,
-            int64_t H, int64_t W)
-      : source_(source), rows_(scale ? scale->size(0) : 1) {
+            int64_t H, int64_t W, bool add)
+      : source_(source), rows_(scale ? scale->size(0) : 1), add_(add) {
     const Map<const T>& y = source.source.y;
     dy_ = output_map<T>(*to.dy, "dy of a source");
     require(dy_.N == y.N && dy_.C == y.C && dy_.H == y.H && dy_.W == y.W,
@@ -116,13 +116,14 @@ class SourceBwd {
     dz_ = map_grad(source, dy_, to.dz, H, W);
     pooled_ = source.mode == Mode::max_pool && H == dy_.H / 2 && W == dy_.W / 2 && H * W > 0;
     resampled_ = to.dz.has_value() && !pooled_;
+    require(!add || pooled_, "only what is pooled, by 2 and without padding, can be added to");
   }
 
   template <int kTile>
   typename SourceGrads<T, kTile>::Part part() {
     const bool masked = !resampled_ && (source_.load == Load::affine || pooled_);
     return {source_.source, dz_, masked ? &sums_ : nullptr,
-            pooled_ ? std::optional(dy_) : std::nullopt};
+            pooled_ ? std::optional(dy_) : std::nullopt, add_};
   }
 
   void finish() const {
@@ -130,8 +131,8 @@ class SourceBwd {
     if (resampled_)
       return resample_map_bwd<T>(source_.source, source_.mode, source_.taps, dz_.read_only(), dy_,
                                  dscale_, dshift_, rows_);
-    if (dscale_) sum_chunks(sums_.data(), groups, 2 * C, C, rows_, dscale_);
-    if (dshift_) sum_chunks(sums_.data() + C, groups, 2 * C, C, rows_, dshift_);
+    if (dscale_) sum_chunks(sums_.data(), groups, 2 * C, C, rows_, dscale_, add_);
+    if (dshift_) sum_chunks(sums_.data() + C, groups, 2 * C, C, rows_, dshift_, add_);
   }
 
  private:
@@ -139,14 +140,14 @@ class SourceBwd {
   int64_t rows_;
   Map<T> dy_{}, dz_{};
   float *dscale_, *dshift_;
-  bool pooled_, resampled_;
+  bool pooled_, resampled_, add_;
   std::vector<float> sums_;
 };
 
-// Of one source, or of two in one pass. weight: turned around, the outputs being their channels.
+// Of one source or two. weight: turned around, the outputs being their channels.
 template <class T>
 void source_grads(const Input<T>& x, const Input<T>& grad, const Weight& weight, float* dweight,
-                  std::initializer_list<SourceBwd<T>*> of) {
+                  const std::vector<SourceBwd<T>*>& of) {
   with_tile(x.H, x.W, [&](auto tile) {
     SourceGrads<T, tile> output;
     for (SourceBwd<T>* source : of) output.parts.push_back(source->template part<tile>());
@@ -161,7 +162,7 @@ void conv_norm_act_bwd(MaybeTensor dweight, MaybeTensor dgamma, MaybeTensor dbet
                        const MaybeTensor dscale, const MaybeTensor dshift,
                        FASTUNET_SOURCE_PARAMETERS, const Tensor weight, std::string norm,
                        int64_t groups, double eps, const MaybeTensor y, const Tensor center,
-                       const Tensor scale, const Tensor var) {
+                       const Tensor scale, const Tensor var, bool add) {
   dispatch_fp32_arithmetic(dy.scalar_type(), [&](auto t) {
     using T = decltype(t);
     const Map<const T> from = dense_map<const T>(dy, "dy");
@@ -204,25 +205,29 @@ void conv_norm_act_bwd(MaybeTensor dweight, MaybeTensor dgamma, MaybeTensor dbet
     }
     std::optional<SourceBwd<T>> first, second;
     if (dy0)
-      first.emplace(x.sources[0], scale0, SourceGradTensors{dy0, dscale0, dshift0, dz0}, x.H, x.W);
+      first.emplace(x.sources[0], scale0, SourceGradTensors{dy0, dscale0, dshift0, dz0}, x.H, x.W,
+                    add);
     if (dy1) {
       require(x.sources.size() == 2, "there is no second source");
-      second.emplace(x.sources[1], scale1, SourceGradTensors{dy1, dscale1, dshift1, dz1}, x.H, x.W);
+      second.emplace(x.sources[1], scale1, SourceGradTensors{dy1, dscale1, dshift1, dz1}, x.H, x.W,
+                     false);
     }
     if (!first && !second) {
       if (to) with_tile(x.H, x.W, [&](auto tile) { WeightGrad<tile, T>(x, grad, to).run(); });
       return;
     }
-    const Weight turned = weight_view(weight, true);
+    Weight turned = weight_view(weight, true);
     const int64_t channels = x.sources[0].source.y.C;
-    Weight of_first = turned, of_second = turned;
-    of_first.N = channels;
-    of_second.data += channels * turned.n_stride;
-    of_second.N -= channels;
-    if (first && second && channels % kBlock == 0)
-      return source_grads<T>(x, grad, turned, to, {&*first, &*second});
-    if (second) source_grads<T>(x, grad, of_second, to, {&*second});
-    if (first) source_grads<T>(x, grad, of_first, second ? nullptr : to, {&*first});
+    std::vector<SourceBwd<T>*> of;
+    if (first) of.push_back(&*first);
+    if (second) of.push_back(&*second);
+    if (first && second)
+      turned.split = channels;
+    else if (second)
+      turned.data += channels * turned.n_stride, turned.N -= channels;
+    else
+      turned.N = channels;
+    source_grads<T>(x, grad, turned, to, of);
   });
 }
 
@@ -243,6 +248,6 @@ FASTUNET_KERNEL(conv_norm_act_bwd,
                 "Tensor(h!)? dy1, Tensor(i!)? dscale1, Tensor(j!)? dshift1, Tensor(k!)? dz1, "
                 "Tensor dy, Tensor? dscale, Tensor? dshift, " FASTUNET_SOURCES
                 ", Tensor weight, str norm, int groups, float eps, Tensor? y, Tensor center, "
-                "Tensor scale, Tensor var) -> ()")
+                "Tensor scale, Tensor var, bool add) -> ()")
 
 }  // namespace fastunet

@@ -115,7 +115,7 @@ class Convolution {
 
  private:
   int64_t inputs() const { return blocks_of(in_.C); }
-  int64_t outputs() const { return blocks_of(weight_.N); }
+  int64_t outputs() const { return weight_.blocks(); }
   int64_t weight_bytes() const { return kPoints * inputs() * outputs() * kBlock * kBlock * 4; }
   int64_t u_plane() const { return outputs() * in_.C * kBlock + kBlock; }
 

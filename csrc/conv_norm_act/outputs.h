@@ -172,7 +172,8 @@ struct SourceGrad {
 
 // The gradients of one source or of two side by side: of the map that a source stands for; where
 // that is its raw output with an affine and activation, of the raw output (`sums` given); where it
-// is pooled from that, of both (`pooled_from` given as well), while what is read is in cache.
+// is pooled from that, of both (`pooled_from` given as well), while what is read is in cache; `add`:
+// the latter is added to what is there.
 template <class T, int kTile>
 struct SourceGrads {
   struct Part {
@@ -180,8 +181,9 @@ struct SourceGrads {
     Map<T> to;
     std::vector<float>* sums;
     std::optional<Map<T>> pooled_from;
+    bool add;
   };
-  std::vector<Part> parts;  // all but the last of whole blocks of channels
+  std::vector<Part> parts;  // each beginning with a block of its own
 
   void prepare(const Tiling& tiling) const {
     for (const Part& part : parts)
@@ -237,7 +239,7 @@ struct SourceGrads {
                             int64_t end) {
     const int64_t C = p.to.C, c = begin * kBlock, count = std::min(end * kBlock, C) - c;
     const ResampleBwd<T> pool(channels(p.source, c, count), channels(p.to, c, count).read_only(),
-                              channels(*p.pooled_from, c, count), Mode::max_pool);
+                              channels(*p.pooled_from, c, count), Mode::max_pool, p.add);
     pool.max_pool(g.n, g.h, g.h + g.height, g.w, g.w + g.width, p.sums->data() + index * 2 * C + c,
                   C);
   }

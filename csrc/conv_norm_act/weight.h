@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <utility>
 
 #include "common/gemm.h"
 #include "common/transpose.h"
@@ -12,11 +13,21 @@ namespace fastunet {
 inline constexpr int kTaps = 9;
 
 // As a convolution of K input and N output channels reads them: weights[o][i], the taps adjacent,
-// or turned around (k = o, n = i, taps reversed), which gives the input's gradient.
+// or turned around (k = o, n = i, taps reversed), which gives the input's gradient. The outputs are
+// those of two sources side by side, `split` of them of the first: each begins a block of its own.
 struct Weight {
   const float* data;
   int64_t K, N, k_stride, n_stride;
   bool turned;
+  int64_t split = 0;
+
+  int64_t blocks() const { return blocks_of(split) + blocks_of(N - split); }
+  // Of a block, the first output and the one behind the last.
+  std::pair<int64_t, int64_t> outputs_of(int64_t block) const {
+    const bool second = block >= blocks_of(split);
+    const int64_t first = second ? split + (block - blocks_of(split)) * kBlock : block * kBlock;
+    return {first, std::min(first + kBlock, second ? N : split)};
+  }
 };
 
 // taps[t][i] = from[i * stride + t] for `count` channels i of a block.
@@ -53,10 +64,10 @@ inline void scatter_taps(const float* taps, int64_t row, int64_t stride, int64_t
 template <int kTile>
 void transform_weight(const Weight& w, int64_t begin, int64_t end, int64_t block, float* u,
                       int64_t plane) {
-  const int64_t first = block * kBlock;
+  const auto [first, last] = w.outputs_of(block);
   alignas(64) float taps[kTaps * kBlock] = {};
   for (int64_t k = begin; k < end; ++k, u += kBlock) {
-    gather_taps(w.data + k * w.k_stride + first * w.n_stride, w.n_stride, w.N - first, taps);
+    gather_taps(w.data + k * w.k_stride + first * w.n_stride, w.n_stride, last - first, taps);
     for (int c = 0; c < kBlock; c += kLanes)
       transform_square<WeightTransform<kTile>>(
           [&](int i, int j) {

@@ -168,20 +168,15 @@ void MapMemory::release() {
 
 Tensor empty_kept(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides, ScalarType dtype,
                   size_t bytes) {
-  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
   if (void* data = bytes >= kLeastKept ? MapMemory::instance().take(bytes) : nullptr)
-    return torch::stable::from_blob(data, sizes, strides, cpu, dtype,
-                                    [](void* at) { MapMemory::instance().give_back(at); });
-  using torch::stable::detail::from;
-  std::array<StableIValue, 6> stack{from(sizes),
-                                    from(strides),
-                                    from(std::optional<ScalarType>(dtype)),
-                                    from(std::nullopt),
-                                    from(std::optional<torch::stable::Device>(cpu)),
-                                    from(std::nullopt)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::empty_strided", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+    return torch::stable::from_blob(data, sizes, strides,
+                                    torch::stable::Device(torch::headeronly::DeviceType::CPU),
+                                    dtype, [](void* at) { MapMemory::instance().give_back(at); });
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), static_cast<int32_t>(dtype),
+      aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
 }
 
 namespace {

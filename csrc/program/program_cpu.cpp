@@ -3,7 +3,8 @@
 // A program is a row of int64: how many slots (places of tensors) it has, then its instructions,
 //
 //   kEmpty   slot, dtype, bytes, dimensions, sizes, strides     a tensor to be written
-//   kView    base, slot, offset, dimensions, sizes, strides     the same memory, seen otherwise
+//   kView    base, slot, offset, dimensions, sizes, strides     the same memory, seen otherwise,
+//                                                               from so many elements on
 //   kFree    count, slots                                       nobody reads them any more
 //   kReturn  count, slots                                       the end
 //   a kernel's number, count, then kind and value of each argument
@@ -23,10 +24,9 @@ namespace fastunet {
 namespace {
 
 using torch::stable::detail::from;
-using torch::stable::detail::to;
 
 enum Instruction : int64_t { kEmpty = -1, kView = -2, kFree = -3, kReturn = -4 };
-enum Kind : int64_t { kNone, kTensor, kMaybeTensor, kInt, kFloat, kText };
+enum Kind : int64_t { kNone, kTensor, kMaybeTensor, kInt, kFloat, kText, kBool };
 
 // dimensions, sizes, strides
 struct Shape {
@@ -37,11 +37,11 @@ struct Shape {
 };
 
 Tensor view(const Tensor& base, const Shape& shape, int64_t offset) {
-  std::array<StableIValue, 4> stack{from(base), from(shape.sizes), from(shape.strides),
-                                    from(std::optional<int64_t>(offset))};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::as_strided", "", stack.data(), TORCH_ABI_VERSION));
-  return to<Tensor>(stack[0]);
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
+      base.get(), static_cast<int64_t>(shape.sizes.size()), shape.sizes.data(),
+      shape.strides.data(), offset, &made));
+  return Tensor(made);
 }
 
 // Up to eight characters in a word.
@@ -65,6 +65,8 @@ StableIValue argument(int64_t kind, int64_t value, const std::vector<MaybeTensor
       return from(std::bit_cast<double>(value));
     case kText:
       return from(text(value));
+    case kBool:
+      return from(value != 0);
     default:
       require(false, "a program has no arguments of kind ", kind);
       return 0;
@@ -168,7 +170,30 @@ void add(Tensor out, const Tensor one, const Tensor other) {
     });
   });
 }
-void copy(Tensor out, const Tensor one) { torch::stable::copy_(out, one); }
+
+// An image's C planes, side by side for each pixel. PyTorch takes four times as long.
+template <int C, class T>
+void interleave(const T* from, int64_t plane, int64_t pixels, T* to) {
+  for (int64_t p = 0; p < pixels; ++p)
+    for (int c = 0; c < C; ++c) to[p * C + c] = from[c * plane + p];
+}
+
+void copy(Tensor out, const Tensor one) {
+  const int64_t C = one.dim() == 4 ? one.size(1) : 0, plane = C ? one.size(2) * one.size(3) : 0;
+  if (C != 3 || !one.is_contiguous() || out.dim() != 4 || out.stride(1) != 1 ||
+      out.stride(3) != C || out.stride(2) != C * out.size(3) || out.stride(0) != C * plane ||
+      out.scalar_type() != one.scalar_type())
+    return (void)torch::stable::copy_(out, one);
+  dispatch(out.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    const T* from = data<const T>(one, "one");
+    T* to = data<T>(out, "out");
+    for (int64_t n = 0; n < one.size(0); ++n)
+      torch::stable::parallel_for(0, plane, 1 << 12, [&](int64_t begin, int64_t end) {
+        interleave<3>(from + n * C * plane + begin, plane, end - begin, to + (n * plane + begin) * C);
+      });
+  });
+}
 void zero(Tensor out) { torch::stable::zero_(out); }
 
 }  // namespace

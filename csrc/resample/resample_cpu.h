@@ -210,15 +210,16 @@ class Resample {
 
 // dz: the gradient of the resampled map (a channel slice of the reader's input gradient).
 // dy = scale * g with g = act'(t) * (what dz sends to the pixel); partial sums of g * (y - center)
-// and of g per chunk. Every source pixel gathers; nothing is scattered.
+// and of g per chunk. Every source pixel gathers; nothing is scattered. What max_pool sends back can
+// be added to what dy is (`add`).
 template <class T>
 class ResampleBwd {
   using A = acc_t<T>;
   using V = vec<A>;
 
  public:
-  ResampleBwd(const Source<T>& s, Map<const T> dz, Map<T> dy, Mode mode)
-      : s_(s), dz_(dz), dy_(dy), mode_(mode), place_(mode, s.y.H, s.y.W, dz.H, dz.W) {}
+  ResampleBwd(const Source<T>& s, Map<const T> dz, Map<T> dy, Mode mode, bool add = false)
+      : s_(s), dz_(dz), dy_(dy), mode_(mode), add_(add), place_(mode, s.y.H, s.y.W, dz.H, dz.W) {}
 
   static int64_t unit_rows(Mode mode) { return mode == Mode::max_pool ? 2 : 1; }
 
@@ -261,7 +262,7 @@ class ResampleBwd {
                 int64_t row) const {
     for (int64_t h = h0; h < h1; ++h) max_pool(n, h, w0, w1, sums, row);
     if (h1 == dz_.H && 2 * h1 < s_.y.H)  // a last row without a partner
-      zero(dy_.at(n, 2 * h1, 2 * w0), (w1 == dz_.W ? s_.y.W : 2 * w1) - 2 * w0, dy_.sw, s_.y.C);
+      max_pool_nothing(dy_.at(n, 2 * h1, 2 * w0), (w1 == dz_.W ? s_.y.W : 2 * w1) - 2 * w0);
   }
 
  private:
@@ -292,13 +293,13 @@ class ResampleBwd {
     const int64_t w1 = std::min(end - place_.left, place_.w_end(dz_.W));
     const bool has_bottom = 2 * unit + 1 < s_.y.H;
     if (unit >= place_.H || !place_.has_row(unit, dz_.H) || w0 >= w1) {
-      zero(dy_.at(n, 2 * unit), W, dw, C);
-      if (has_bottom) zero(dy_.at(n, 2 * unit + 1), W, dw, C);
+      max_pool_nothing(dy_.at(n, 2 * unit), W);
+      if (has_bottom) max_pool_nothing(dy_.at(n, 2 * unit + 1), W);
       return;
     }
     for (int64_t h : {2 * unit, 2 * unit + 1}) {
-      if (begin == 0) zero(dy_.at(n, h), 2 * w0, dw, C);
-      if (end == dz_.W) zero(dy_.at(n, h, 2 * w1), W - 2 * w1, dw, C);
+      if (begin == 0) max_pool_nothing(dy_.at(n, h), 2 * w0);
+      if (end == dz_.W) max_pool_nothing(dy_.at(n, h, 2 * w1), W - 2 * w1);
     }
     const T* y[2] = {s_.y.at(n, 2 * unit, 2 * w0), s_.y.at(n, 2 * unit + 1, 2 * w0)};
     T* dy[2] = {dy_.at(n, 2 * unit, 2 * w0), dy_.at(n, 2 * unit + 1, 2 * w0)};
@@ -325,11 +326,22 @@ class ResampleBwd {
         const V grad = load(dz + p * dz_.sw + c, lanes);
         for (int k = 0; k < 4; ++k) {
           const V g = channel.act_bwd(wins[k] ? grad : V{}, t[k]);
-          store(dy[k / 2] + (2 * p + k % 2) * dw + c, channel.scale * g, lanes);
+          T* to = dy[k / 2] + (2 * p + k % 2) * dw + c;
+          const V value_of = channel.scale * g;
+          store(to, add_ ? load(to, lanes) + value_of : value_of, lanes);
           sum.add(g, value[k] - channel.center);
         }
       }
       sum.add_to(sums, sums_row, c, lanes);
+    });
+  }
+
+  // Pixels of a row that no window has: their gradient is 0, which may turn what is -0 into 0.
+  void max_pool_nothing(T* dy, int64_t pixels) const {
+    if (!add_) return zero(dy, pixels, dy_.sw, s_.y.C);
+    for_tiles(pixels, s_.y.C, [&](int64_t p, int64_t end, int64_t c, auto lanes) {
+      for (T* to = dy + p * dy_.sw + c; p < end; ++p, to += dy_.sw)
+        store(to, load(to, lanes) + V{}, lanes);
     });
   }
 
@@ -382,6 +394,7 @@ class ResampleBwd {
   Map<const T> dz_;
   Map<T> dy_;
   Mode mode_;
+  bool add_;
   Placement place_;
 };
 

@@ -7,6 +7,7 @@ small one: they leave nothing of its code and objects in the caches.
 """
 
 import struct
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .activation import MAX_POOL
 from .extension import kernels
 from .ops._register import implementations_by_operator
 
@@ -29,13 +31,14 @@ ZEROS = {aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default}
 COPIES = {aten.clone.default, aten._to_copy.default}
 # The numbers of csrc/program.
 EMPTY, VIEW, FREE, RETURN = -1, -2, -3, -4
-NONE, TENSOR, MAYBE_TENSOR, INT, FLOAT, TEXT = range(6)
+NONE, TENSOR, MAYBE_TENSOR, INT, FLOAT, TEXT, BOOL = range(7)
 KINDS = {
     "Tensor": TENSOR,
     "Optional[Tensor]": MAYBE_TENSOR,
     "int": INT,
     "float": FLOAT,
     "str": TEXT,
+    "bool": BOOL,
 }
 LONGEST_TEXT = 8
 # Of c10/core/ScalarType.h.
@@ -240,6 +243,7 @@ class Program:
         layouts, bases = recorder.layouts, list(recorder.bases)
         steps = without_unread(steps, bases, returned)
         steps, returned = sums_in_place(steps, bases, returned)
+        steps = sums_by_kernels(steps, bases, returned, layouts)
         made = {step.slots[0] for step in steps if step.what == "empty"}
         used = [bases[s] for step in steps for s in step.slots] + [bases[s] for s in returned]
         inputs = dict.fromkeys([*first, *(s for s in used if s not in made)])
@@ -299,13 +303,43 @@ def sums_in_place(
     return [step.renamed(names) for step in steps], [names.get(s, s) for s in returned]
 
 
+def sums_by_kernels(
+    steps: Sequence[Step], bases: list[int], returned: Sequence[int], layouts: list[Layout]
+) -> list[Step]:
+    """Sums of what has come back to a map, and what comes back from pooling it, by the kernel that
+    makes the latter: where that is fp32, which it does not round before it adds."""
+    parameters = kernels().conv_norm_act_bwd.default._schema.arguments
+    place = {parameter.name: i for i, parameter in enumerate(parameters)}
+    uses = Counter(bases[s] for step in steps for s in {*step.slots}) + Counter(returned)
+    found: list[Step] = []
+    names: dict[int, int] = {}
+    for i, step in enumerate(steps):
+        if step.what == "add" and step.slots[2] in names:
+            continue
+        if step.what == "conv_norm_act_bwd":
+            made = [step.arguments[place[name]][1] for name in ("dy0", "dscale0", "dshift0")]
+            sums = [s.slots for s in steps[i + 1 : i + 4] if s.what == "add"]
+            if (
+                step.arguments[place["mode0"]] == (INT, MAX_POOL)
+                and [other for out, one, other in sums if out == one] == made
+                and layouts[made[0]].dtype == torch.float32
+                # Memory, the kernel and the sum are all that know them.
+                and all(bases[s] == s and uses[s] == 3 for s in made)
+            ):
+                names.update((other, out) for out, _, other in sums)
+                step = step.renamed(names)
+                step.arguments[place["add"]] = (BOOL, True)
+        found.append(step)
+    return [s for s in found if s.what != "empty" or s.slots[0] not in names]
+
+
 def instruction(step: Step, numbers: dict[int, int], layouts: list[Layout]) -> list[int]:
     slots = [numbers[s] for s in step.slots]
     if step.what in ("empty", "view"):
         dtype, sizes, strides, offset = layout = layouts[step.slots[-1]]
         shape = [len(sizes), *sizes, *strides]
         if step.what == "view":
-            return [VIEW, *slots, offset, *shape]
+            return [VIEW, *slots, offset - layouts[step.slots[0]].offset, *shape]
         return [EMPTY, *slots, SCALAR_TYPES[dtype], layout.bytes, *shape]
     words = [kernels().kernel_number(step.what), len(step.arguments)]
     for kind, value in step.arguments:

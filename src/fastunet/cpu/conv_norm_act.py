@@ -123,6 +123,7 @@ def conv_norm_act_bwd(
         center,
         scale,
         var,
+        False,
     )
     return dweight, dgamma, dbeta, [to[:3] for to in to_sources]
 
