@@ -123,7 +123,7 @@ class ConvTranspose {
       float* to = v + b * stride + (row - first) * in_.W * kBlock;
       if (count < kBlock) zero(to, in_.W, kBlock, kBlock);
       const Resample<T> resample(channels(p.source, b * kBlock, count), in_.H, in_.W, p.mode,
-                                 p.taps);
+                                 p.taps, p.load == Load::plain);
       typename Resample<T>::Rows rows;
       resample.row(row / in_.H, row % in_.H, 0, in_.W, to, kBlock, rows);
     });

@@ -17,7 +17,7 @@ void resample(Tensor out, const Tensor y, const MaybeTensor center, const MaybeT
             shape(out), " for ", shape(y));
     if (out.numel() == 0) return;
     const UpsampleTaps<acc_t<T>> taps(mode, s.y.H, s.y.W);
-    const Resample<T> kernel(s, to.H, to.W, mode, taps);
+    const Resample<T> kernel(s, to.H, to.W, mode, taps, !scale);
     const int64_t grain = ceil_div(8192, to.W * to.C);
     torch::stable::parallel_for(0, to.N * to.H, grain, [&](int64_t begin, int64_t end) {
       typename Resample<T>::Rows rows;
