@@ -42,7 +42,10 @@ class WeightGrad {
   // The products of all pairs, which each group reads and writes.
   int64_t products_bytes() const { return products_floats() * 4; }
   // The steps of by_group: sums over the groups of each of `shares`.
-  static int64_t shares(const Tiling& tiling) { return std::min<int64_t>(tiling.count(), 16); }
+  static int64_t shares(const Tiling& tiling) {
+    const int64_t worth = tiling.max_tiles_of_all() / kGroupShareTiles;
+    return std::min(tiling.count(), std::clamp<int64_t>(worth, 4, 16));
+  }
   // [blocks of outputs][inputs][taps][16]
   int64_t sum_floats() const { return blocks_of(dy_.C) * sum_block(); }
   int64_t scratch_floats(const Tiling& tiling) const {

@@ -42,6 +42,8 @@ inline constexpr int64_t kBatchBytes = 8 << 20;
 inline constexpr int64_t kGradBatchBytes = 4 << 20;
 // sums of shares of the weight's gradient, and tiles that are worth a share;
 inline constexpr int64_t kSumBytes = 8 << 20, kShareTiles = 64;
+// the same by group, where a share's products stay in Winograd's domain;
+inline constexpr int64_t kGroupShareTiles = 128;
 // transformed weights that groups may stream from L3;
 inline constexpr int64_t kWeightBytes = 12 << 20;
 // tiles in a group from which the weight's gradient, which adds up between groups, works by group.
