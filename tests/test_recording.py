@@ -161,6 +161,28 @@ def test_the_same_bits(variant, mode, policy, monkeypatch):
     assert by_program(model, x, monkeypatch)
 
 
+@pytest.mark.parametrize(
+    ("autocast", "depth", "sums"), [(None, 2, 0), (None, 4, 0), (torch.bfloat16, 2, 6)]
+)
+def test_sums_by_kernels(autocast, depth, sums, monkeypatch):
+    """What comes back to a skip connection is added up by its pooling's kernel, which does not
+    round to bf16 first, as adding two gradients does."""
+    found = []
+    write = fastunet.program.instruction
+
+    def instruction(step, *args):
+        found.append(step.what)
+        return write(step, *args)
+
+    monkeypatch.setattr("fastunet.program.instruction", instruction)
+    model, twin = twins(bilinear=True, depth=depth)
+    for i in range(STEPS):
+        x = image(2, 3, 37, 50, seed=i)
+        assert_same(step(model, x, autocast=autocast), by_layers(twin, x, autocast=autocast))
+    assert found.count("conv_norm_act_bwd") == 2 * (2 * depth + 1)
+    assert found.count("add") == sums
+
+
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_inputs_with_gradients(autocast, layout):

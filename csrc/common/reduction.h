@@ -30,8 +30,8 @@ struct Chunks {
 // sums[row, c] = sum over the chunks of `row` (all chunks for a single row) of
 // partials[chunk * stride + c]; chunks of a row lie side by side. add: to what is in sums.
 template <class A>
-void sum_chunks(const A* partials, int64_t chunks, int64_t stride, int64_t C, int64_t rows,
-                A* sums, bool add = false) {
+void sum_chunks(const A* partials, int64_t chunks, int64_t stride, int64_t C, int64_t rows, A* sums,
+                bool add = false) {
   const int64_t per_row = rows ? chunks / rows : 0;
   std::vector<double> total(C);
   for (int64_t row = 0; row < rows; ++row) {

@@ -172,8 +172,8 @@ struct SourceGrad {
 
 // The gradients of one source or of two side by side: of the map that a source stands for; where
 // that is its raw output with an affine and activation, of the raw output (`sums` given); where it
-// is pooled from that, of both (`pooled_from` given as well), while what is read is in cache; `add`:
-// the latter is added to what is there.
+// is pooled from that, of both (`pooled_from` given as well), while what is read is in cache;
+// `add`: the latter is added to what is there.
 template <class T, int kTile>
 struct SourceGrads {
   struct Part {

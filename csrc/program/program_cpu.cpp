@@ -38,9 +38,9 @@ struct Shape {
 
 Tensor view(const Tensor& base, const Shape& shape, int64_t offset) {
   AtenTensorHandle made = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
-      base.get(), static_cast<int64_t>(shape.sizes.size()), shape.sizes.data(),
-      shape.strides.data(), offset, &made));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(base.get(), static_cast<int64_t>(shape.sizes.size()),
+                                     shape.sizes.data(), shape.strides.data(), offset, &made));
   return Tensor(made);
 }
 
@@ -190,7 +190,8 @@ void copy(Tensor out, const Tensor one) {
     T* to = data<T>(out, "out");
     for (int64_t n = 0; n < one.size(0); ++n)
       torch::stable::parallel_for(0, plane, 1 << 12, [&](int64_t begin, int64_t end) {
-        interleave<3>(from + n * C * plane + begin, plane, end - begin, to + (n * plane + begin) * C);
+        interleave<3>(from + n * C * plane + begin, plane, end - begin,
+                      to + (n * plane + begin) * C);
       });
   });
 }

@@ -139,7 +139,8 @@ class Resample {
   }
 
  private:
-  // f(first pixel, last, c, lanes, values), as for_tiles, `values` being what the raw ones stand for.
+  // f(first pixel, last, c, lanes, values), as for_tiles, `values` being what the raw ones stand
+  // for.
   template <class F>
   void for_values(int64_t n, int64_t pixels, F f) const {
     for_tiles(pixels, s_.y.C, [&](int64_t p, int64_t end, int64_t c, auto lanes) {
@@ -234,8 +235,8 @@ class Resample {
 
 // dz: the gradient of the resampled map (a channel slice of the reader's input gradient).
 // dy = scale * g with g = act'(t) * (what dz sends to the pixel); partial sums of g * (y - center)
-// and of g per chunk. Every source pixel gathers; nothing is scattered. What max_pool sends back can
-// be added to what dy is (`add`).
+// and of g per chunk. Every source pixel gathers; nothing is scattered. What max_pool sends back
+// can be added to what dy is (`add`).
 template <class T>
 class ResampleBwd {
   using A = acc_t<T>;

@@ -3,6 +3,8 @@
 Their small cases are in test_conv_norm_act.py and test_conv_transpose.py.
 """
 
+import importlib
+
 import pytest
 import torch
 from checks import FP32_BUDGET, assert_identical, check_dtype, evaluate, oracle
@@ -13,6 +15,7 @@ from test_conv_norm_act import ALL, MANY, cases, conv
 from torch.profiler import profile
 
 from fastunet.activation import BILINEAR, BILINEAR_ALIGN_CORNERS, MAX_POOL, NEAREST, NONE
+from fastunet.extension import kernels
 
 # Without activation behind them: among so many values rounding would flip a mask somewhere.
 LARGE = {
@@ -44,7 +47,7 @@ LARGE = {
     "shared": conv("batch", Source(20, 191, 203, slope=1.0), out_channels=18, slope=1.0, n=1),
     "shared by a pair": conv(
         "batch",
-        Source(16, 120, 122, slope=1.0),
+        Source(12, 120, 122, slope=1.0),
         Source(9, 60, 61, BILINEAR, slope=1.0),
         out_channels=32,
         slope=1.0,
@@ -82,6 +85,50 @@ def test_bitwise_over_threads(compiled, threads, name):
         results.append(evaluate(case.fast, tensors))
     for other in results[1:]:
         assert_identical(other, results[0])
+
+
+@pytest.fixture
+def adding(compiled, monkeypatch):
+    """Kernels that add what comes back to a first source to these: its dy, dscale and dshift."""
+    there: list[torch.Tensor] = []
+
+    class Adding:
+        def __getattr__(self, name):
+            return getattr(kernels(), name)
+
+        def conv_norm_act_bwd(self, *args):
+            for to in args[3:6]:
+                there.append(to.copy_(torch.randn(to.shape)).clone())
+            kernels().conv_norm_act_bwd(*args[:-1], True)
+
+    def use():
+        # by its name the function of the same name is found
+        module = importlib.import_module("fastunet.cpu.conv_norm_act")
+        monkeypatch.setattr(module, "kernels", Adding)
+        return there
+
+    return use
+
+
+@pytest.mark.parametrize("size", [(40, 46), (13, 9)])
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+def test_sums_of_a_pooled_source(adding, norm, size):
+    """Also in the last row and column, which no window has."""
+    rows = "each" if norm == "instance" else "one"
+    case = conv(norm, Source(20, *size, MAX_POOL, rows=rows), n=2)
+    tensors = case.tensors()
+    want = evaluate(case.fast, tensors)
+    there = adding()
+    got = evaluate(case.fast, tensors)
+    for name, value in zip(("dy", "dscale", "dshift"), there, strict=True):
+        assert torch.equal(got[f"{name}0"], want[f"{name}0"] + value), name
+
+
+def test_sums_of_other_sources(adding):
+    adding()
+    case = conv("batch", Source(20, 8, 8))
+    with pytest.raises(RuntimeError, match="only what is pooled"):
+        evaluate(case.fast, case.tensors())
 
 
 def check(case, threads):
