@@ -251,7 +251,7 @@ void convolution_bwd(const Input<T>& x, const Input<T>& dy, const Weight& weight
     float* scratch =
         thread_workspace().get(of_input.scratch_floats(tiling) + of_weight.scratch_floats(tiling));
     float* sum = sums + share * of_weight.sum_floats();
-    of_weight.for_share(tiling, share, scratch, sum, [&](int64_t g) {
+    of_weight.for_share(tiling, share, scratch, sum, [&](int64_t g, bool add) {
       Prefetch here, next;
       output.prefetch_written(tiling.group(g), here);
       x_reader.prefetch(tiling.group(g), here);
@@ -259,7 +259,7 @@ void convolution_bwd(const Input<T>& x, const Input<T>& dy, const Weight& weight
       float* grad_z = of_weight.rest(scratch);
       float* rest = grad_z + of_weight.grad_floats(tiling);
       of_input.convolve_group(tiling, g, u, rest, here, grad_z);
-      of_weight.add_group(tiling, g, scratch, grad_z, rest, next);
+      of_weight.add_group(tiling, g, add, scratch, grad_z, rest, next);
     });
   });
   of_weight.finish(sums, shares);

@@ -54,12 +54,11 @@ class WeightGrad {
            Panels::floats(kPatch, blocks_of(dy_.C), tiling.max_tiles()) +
            read_x_.patch_floats(tiling);
   }
-  // f(group) for the groups of a share, whose sum is complete behind it.
+  // f(group, whether it is not the first) for the groups of a share, whose sum is complete behind it.
   template <class F>
   void for_share(const Tiling& tiling, int64_t share, float* scratch, float* sum, F f) const {
-    std::fill_n(scratch, products_floats(), 0.0f);
-    const int64_t count = tiling.count(), all = shares(tiling);
-    for (int64_t g = count * share / all; g < count * (share + 1) / all; ++g) f(g);
+    const int64_t count = tiling.count(), all = shares(tiling), first = count * share / all;
+    for (int64_t g = first; g < count * (share + 1) / all; ++g) f(g, g > first);
     for_pairs(
         [&](int64_t i, int64_t o, float* product) { add_transformed(product, i, o, sum, false); },
         scratch);
@@ -67,8 +66,9 @@ class WeightGrad {
   // Of the scratch, behind what for_share keeps: the columns of the output's gradient, then more.
   float* rest(float* scratch) const { return scratch + products_floats(); }
   int64_t grad_floats(const Tiling& tiling) const { return read_dy_.columns_floats(tiling); }
-  void add_group(const Tiling& tiling, int64_t g, float* products, const float* grad_z, float* more,
-                 Prefetch& lines) const {
+  // add: to the products; else they are written.
+  void add_group(const Tiling& tiling, int64_t g, bool add, float* products, const float* grad_z,
+                 float* more, Prefetch& lines) const {
     const Tiling::Group group = tiling.group(g);
     Scratch left{more};
     float* z = left.take(read_x_.columns_floats(tiling));
@@ -80,7 +80,7 @@ class WeightGrad {
       read_dy_.read_row(group, r, grad_z, d);
       for_pairs(
           [&](int64_t i, int64_t o, float* product) {
-            multiply(v, d, i, o, product + r * kPatch * kProductPlane, kPatch, true, lines);
+            multiply(v, d, i, o, product + r * kPatch * kProductPlane, kPatch, add, lines);
           },
           products);
     }
@@ -117,12 +117,12 @@ class WeightGrad {
     float* sums = shared_workspace().get(shares(tiling) * sum_floats());
     parallel_tasks(shares(tiling), [&](int64_t share) {
       float* scratch = thread_workspace().get(scratch_floats(tiling));
-      for_share(tiling, share, scratch, sums + share * sum_floats(), [&](int64_t g) {
+      for_share(tiling, share, scratch, sums + share * sum_floats(), [&](int64_t g, bool add) {
         Prefetch next = next_lines(tiling, g);
         float* grad_z = rest(scratch);
         float* more = grad_z + grad_floats(tiling);
         read_dy_.read_columns(tiling.group(g), grad_z, more);
-        add_group(tiling, g, scratch, grad_z, more, next);
+        add_group(tiling, g, add, scratch, grad_z, more, next);
       });
     });
     finish(sums, shares(tiling));
