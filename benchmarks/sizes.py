@@ -57,7 +57,8 @@ def squares(bases: tuple[int, ...], phase: str, rounds: int) -> dict[int, float]
 
 
 def measure(cases: list[Network], phase: str, rounds: int) -> dict[Network, dict[str, float]]:
-    """Medians of seconds, by threads: each case beside the 256x256 image of its width."""
+    """Medians of seconds, by threads: each case beside the 256x256 image of its width, single images
+    in four times the rounds."""
     found: dict[Network, dict[str, float]] = {}
     for network in tqdm(cases, unit="case", desc=phase, disable=None):
         basis = square(network.base)
@@ -67,7 +68,8 @@ def measure(cases: list[Network], phase: str, rounds: int) -> dict[Network, dict
         }
         if network == basis and torch.get_num_threads() > 1:
             works["one thread"] = functools.partial(on_one_thread, works["basis"])
-        times = interleave(works, rounds, 0.05, "cpu")
+        turns = rounds if network.batch > 1 else 4 * rounds
+        times = interleave(works, turns, 0.05, "cpu")
         found[network] = {name: quantile(values, 0.5) for name, values in times.items()}
     return found
 
