@@ -57,8 +57,8 @@ def squares(bases: tuple[int, ...], phase: str, rounds: int) -> dict[int, float]
 
 
 def measure(cases: list[Network], phase: str, rounds: int) -> dict[Network, dict[str, float]]:
-    """Medians of seconds, by threads: each case beside the 256x256 image of its width, single images
-    in four times the rounds."""
+    """Medians of seconds, by threads: each case beside the 256x256 image of its width; of single
+    images in four times the rounds."""
     found: dict[Network, dict[str, float]] = {}
     for network in tqdm(cases, unit="case", desc=phase, disable=None):
         basis = square(network.base)

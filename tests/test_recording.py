@@ -132,6 +132,19 @@ def test_programs(work, dtype):
         assert all(map(torch.equal, inputs, before))
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (1, 4, 130, 65), (3, 2, 1, 9), (2, 5, 4, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.int64])
+def test_copies_of_images(shape, dtype):
+    x = (100 * random(*shape)).to(dtype)
+    recorder = Recorder([x])
+    with recorder:
+        made = x.contiguous(memory_format=torch.channels_last)
+    program = Program(recorder, recorder.steps, [recorder.slot_of(made)], first=[0])
+    (got,) = program.run([x])
+    assert torch.equal(got, x)
+    assert got.stride() == made.stride()
+
+
 @pytest.mark.parametrize(
     "work", [lambda a, b: a * b, lambda a, b: a.add(b, alpha=2), lambda a, b: a.add_(1), torch.cat]
 )

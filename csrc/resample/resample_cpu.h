@@ -352,8 +352,8 @@ class ResampleBwd {
         for (int k = 0; k < 4; ++k) {
           const V g = channel.act_bwd(wins[k] ? grad : V{}, t[k]);
           T* to = dy[k / 2] + (2 * p + k % 2) * dw + c;
-          const V value_of = channel.scale * g;
-          store(to, add_ ? load(to, lanes) + value_of : value_of, lanes);
+          const V back = channel.scale * g;
+          store(to, add_ ? load(to, lanes) + back : back, lanes);
           sum.add(g, value[k] - channel.center);
         }
       }
