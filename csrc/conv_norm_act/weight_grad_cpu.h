@@ -43,8 +43,8 @@ class WeightGrad {
   int64_t products_bytes() const { return products_floats() * 4; }
   // The steps of by_group: sums over the groups of each of `shares`.
   static int64_t shares(const Tiling& tiling) {
-    const uint64_t worth = std::bit_ceil<uint64_t>(tiling.max_tiles_of_all() / kGroupShareTiles);
-    return std::min<int64_t>(tiling.count(), std::clamp<uint64_t>(worth, 4, 16));
+    const int64_t worth = std::bit_ceil<uint64_t>(tiling.max_tiles_of_all() / kGroupShareTiles);
+    return std::min(tiling.count(), std::clamp(worth, kLeastShares, kMostShares));
   }
   // [blocks of outputs][inputs][taps][16]
   int64_t sum_floats() const { return blocks_of(dy_.C) * sum_block(); }
@@ -134,7 +134,7 @@ class WeightGrad {
     const int64_t columns = ceil_div(outputs, kBlocks);
     const int64_t most =
         std::min(kSumBytes / (sum_floats() * 4), tiling.max_tiles_of_all() / kShareTiles);
-    const int64_t shares = std::bit_floor<uint64_t>(std::clamp<int64_t>(most, 1, 16));
+    const int64_t shares = std::bit_floor<uint64_t>(std::clamp<int64_t>(most, 1, kMostShares));
     // Parts of what is more: each part reads all of the other.
     const int64_t wanted = ceil_div(torch::stable::get_num_threads(), shares);
     int64_t i_parts = inputs > outputs ? std::min(wanted, inputs) : 1;

@@ -40,10 +40,11 @@ inline constexpr double kTileCycles = 600, kWeightCycles = 130 * 16;
 inline constexpr int64_t kBatchBytes = 8 << 20;
 // the same of both operands of the weight's gradient, which needs no weights again for each batch;
 inline constexpr int64_t kGradBatchBytes = 4 << 20;
-// sums of shares of the weight's gradient, and tiles that are worth a share;
-inline constexpr int64_t kSumBytes = 8 << 20, kShareTiles = 64;
-// the same by group, where a share's products stay in Winograd's domain;
-inline constexpr int64_t kGroupShareTiles = 128;
+// sums of shares of the weight's gradient, tiles that are worth a share, and the most shares;
+inline constexpr int64_t kSumBytes = 8 << 20, kShareTiles = 64, kMostShares = 16;
+// the same by group, where a share's products stay in Winograd's domain, and the fewest shares, so
+// that the threads of most machines have work;
+inline constexpr int64_t kGroupShareTiles = 128, kLeastShares = 8;
 // transformed weights that groups may stream from L3;
 inline constexpr int64_t kWeightBytes = 12 << 20;
 // tiles in a group from which the weight's gradient, which adds up between groups, works by group.
