@@ -145,6 +145,16 @@ def test_copies_of_images(shape, dtype):
     assert got.stride() == made.stride()
 
 
+def test_copies_to_all_samples():
+    x = random(1, 3, 5, 7)
+    recorder = Recorder([x])
+    with recorder:
+        made = torch.empty(2, 3, 5, 7).to(memory_format=torch.channels_last).copy_(x)
+    program = Program(recorder, recorder.steps, [recorder.slot_of(made)], first=[0])
+    (got,) = program.run([x])
+    assert torch.equal(got, x.expand(2, 3, 5, 7))
+
+
 @pytest.mark.parametrize(
     "work", [lambda a, b: a * b, lambda a, b: a.add(b, alpha=2), lambda a, b: a.add_(1), torch.cat]
 )

@@ -174,7 +174,8 @@ void add(Tensor out, const Tensor one, const Tensor other) {
 // Whether `one` is a few planes for each sample, whose pixels `out` has side by side.
 bool interleaves(const Tensor& out, const Tensor& one) {
   const ScalarType dtype = one.scalar_type();
-  if (one.dim() != 4 || out.dim() != 4 || out.scalar_type() != dtype || dtype == ScalarType::Long)
+  if (one.dim() != 4 || out.dim() != 4 || out.numel() != one.numel() ||
+      out.scalar_type() != dtype || dtype == ScalarType::Long)
     return false;
   const int64_t C = one.size(1), W = one.size(3);
   return C >= 2 && C <= 4 && one.is_contiguous() && out.stride(1) == 1 && out.stride(3) == C &&
