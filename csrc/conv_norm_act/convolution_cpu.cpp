@@ -147,13 +147,13 @@ class SourceBwd {
 // Of one source or two. weight: turned around, the outputs being their channels.
 template <class T>
 void source_grads(const Input<T>& x, const Input<T>& grad, const Weight& weight, float* dweight,
-                  const std::vector<SourceBwd<T>*>& of) {
+                  std::vector<SourceBwd<T>>& of) {
   with_tile(x.H, x.W, [&](auto tile) {
     SourceGrads<T, tile> output;
-    for (SourceBwd<T>* source : of) output.parts.push_back(source->template part<tile>());
+    for (SourceBwd<T>& source : of) output.parts.push_back(source.template part<tile>());
     convolution_bwd<tile>(x, grad, weight, dweight, output);
   });
-  for (SourceBwd<T>* source : of) source->finish();
+  for (const SourceBwd<T>& source : of) source.finish();
 }
 
 void conv_norm_act_bwd(MaybeTensor dweight, MaybeTensor dgamma, MaybeTensor dbeta, MaybeTensor dy0,
@@ -203,30 +203,27 @@ void conv_norm_act_bwd(MaybeTensor dweight, MaybeTensor dgamma, MaybeTensor dbet
               "dweight must be contiguous, of the weight's shape");
       to = data<float>(*dweight, "dweight");
     }
-    std::optional<SourceBwd<T>> first, second;
+    std::vector<SourceBwd<T>> of;
     if (dy0)
-      first.emplace(x.sources[0], scale0, SourceGradTensors{dy0, dscale0, dshift0, dz0}, x.H, x.W,
-                    add);
+      of.emplace_back(x.sources[0], scale0, SourceGradTensors{dy0, dscale0, dshift0, dz0}, x.H, x.W,
+                      add);
     if (dy1) {
       require(x.sources.size() == 2, "there is no second source");
-      second.emplace(x.sources[1], scale1, SourceGradTensors{dy1, dscale1, dshift1, dz1}, x.H, x.W,
-                     false);
+      of.emplace_back(x.sources[1], scale1, SourceGradTensors{dy1, dscale1, dshift1, dz1}, x.H, x.W,
+                      false);
     }
-    if (!first && !second) {
+    if (of.empty()) {
       if (to) with_tile(x.H, x.W, [&](auto tile) { WeightGrad<tile, T>(x, grad, to).run(); });
       return;
     }
     Weight turned = weight_view(weight, true);
     const int64_t channels = x.sources[0].source.y.C;
-    std::vector<SourceBwd<T>*> of;
-    if (first) of.push_back(&*first);
-    if (second) of.push_back(&*second);
-    if (first && second)
+    if (of.size() == 2)
       turned.split = channels;
-    else if (second)
-      turned.data += channels * turned.n_stride, turned.N -= channels;
-    else
+    else if (dy0)
       turned.N = channels;
+    else
+      turned.data += channels * turned.n_stride, turned.N -= channels;
     source_grads<T>(x, grad, turned, to, of);
   });
 }

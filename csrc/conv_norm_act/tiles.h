@@ -365,7 +365,7 @@ class Reader {
         else if (!patched && last - first < kBlock)
           zero(patch.data, Transform::kIn * columns, kBlock, kBlock);
         patched = true;
-        const Resample<T> resample(part, in_.H, in_.W, p.mode, p.taps, p.load == Load::plain);
+        const Resample<T> resample = resample_of(p, part, in_.H, in_.W);
         for (int i = patch.made; i < Transform::kIn; ++i)
           resample.row(n, h + i, w, w + columns, patch.data + i * row + c0 - first, kBlock,
                        patch.rows.at(&p - in_.sources.data()));

@@ -13,8 +13,8 @@ namespace fastunet {
 inline constexpr int kTaps = 9;
 
 // As a convolution of K input and N output channels reads them: weights[o][i], the taps adjacent,
-// or turned around (k = o, n = i, taps reversed), which gives the input's gradient. The outputs are
-// those of two sources side by side, `split` of them of the first: each begins a block of its own.
+// or turned around (k = o, n = i, taps reversed), which gives the input's gradient. The outputs may
+// be those of two sources side by side, the first having `split`: each begins a block of its own.
 struct Weight {
   const float* data;
   int64_t K, N, k_stride, n_stride;

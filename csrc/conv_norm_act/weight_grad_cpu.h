@@ -54,8 +54,8 @@ class WeightGrad {
            Panels::floats(kPatch, blocks_of(dy_.C), tiling.max_tiles()) +
            read_x_.patch_floats(tiling);
   }
-  // f(group, whether it is not the first) for the groups of a share, whose sum is complete behind
-  // it.
+  // f(group, add) for the groups of a share, all but the first to be added; then its sum is
+  // complete.
   template <class F>
   void for_share(const Tiling& tiling, int64_t share, float* scratch, float* sum, F f) const {
     const int64_t count = tiling.count(), all = shares(tiling), first = count * share / all;

@@ -122,8 +122,8 @@ class ConvTranspose {
       const int64_t count = std::min<int64_t>(kBlock, I_ - b * kBlock);
       float* to = v + b * stride + (row - first) * in_.W * kBlock;
       if (count < kBlock) zero(to, in_.W, kBlock, kBlock);
-      const Resample<T> resample(channels(p.source, b * kBlock, count), in_.H, in_.W, p.mode,
-                                 p.taps, p.load == Load::plain);
+      const Resample<T> resample =
+          resample_of(p, channels(p.source, b * kBlock, count), in_.H, in_.W);
       typename Resample<T>::Rows rows;
       resample.row(row / in_.H, row % in_.H, 0, in_.W, to, kBlock, rows);
     });

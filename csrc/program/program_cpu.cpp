@@ -12,7 +12,6 @@
 // The first slots are filled by whoever runs it.
 #include "program/program.h"
 
-#include <array>
 #include <bit>
 #include <mutex>
 #include <unordered_map>

@@ -30,6 +30,12 @@ struct Input {
   int64_t N, H, W, C;
 };
 
+// What reads a pending source, or channels of it (`part`), as an H x W map.
+template <class T>
+Resample<T> resample_of(const Pending<T>& p, const Source<T>& part, int64_t H, int64_t W) {
+  return {part, H, W, p.mode, p.taps, p.load == Load::plain};
+}
+
 // Channels [c, c + count) of a source or a map.
 template <class T>
 Source<T> channels(Source<T> s, int64_t c, int64_t count) {
