@@ -58,6 +58,16 @@ struct Sums {
     }
   }
 
+  // at[r][b] += v[...][r] * u[b], over K inputs. v: blocks of 16 inputs v_block apart; u: blocks
+  // u_block apart.
+  FASTUNET_INLINE void add_products(const float* v, int64_t v_block, const float* u,
+                                    int64_t u_block, int64_t K) {
+    for (; K > 0; K -= kBlock, v += v_block, u += kBlock * kBlock) {
+      const int64_t count = K < kBlock ? K : kBlock;
+      for (int64_t k = 0; k < count; ++k) add_product(v + k, kBlock, u + k * kBlock, u_block);
+    }
+  }
+
   FASTUNET_INLINE void load_from(const float* from, int64_t row, int64_t block) {
     each([&](int r, int b, int c, vfloat& sum) { sum = load(from + r * row + b * block + c); });
   }
@@ -67,16 +77,13 @@ struct Sums {
   }
 };
 
-// R tiles, B blocks of outputs. v: blocks of 16 inputs v_block apart; u: blocks u_block apart.
+// R tiles, B blocks of outputs.
 template <int R, int B>
 void multiply_tile(const float* v, int64_t v_block, const float* u, int64_t u_block, int64_t K,
                    float* m, int64_t m_block, bool add) {
   Sums<R, B> sums;
   if (add) sums.load_from(m, kBlock, m_block);
-  for (; K > 0; K -= kBlock, v += v_block, u += kBlock * kBlock) {
-    const int64_t count = K < kBlock ? K : kBlock;
-    for (int64_t k = 0; k < count; ++k) sums.add_product(v + k, kBlock, u + k * kBlock, u_block);
-  }
+  sums.add_products(v, v_block, u, u_block, K);
   sums.store_to(m, kBlock, m_block);
 }
 

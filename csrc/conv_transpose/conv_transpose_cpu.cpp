@@ -51,7 +51,8 @@ void conv_transpose_bwd(MaybeTensor dweight, Tensor dbias, MaybeTensor dy0, Mayb
     }
     const ConvTranspose<T> kernel(in, data<const float>(weight, "weight"), from.C);
     float* db = rows<float>(dbias, from.C, "dbias");
-    if (!dy0) return kernel.backward(from, dw, db, {});
+    InputGrad<T> dx;
+    if (!dy0) return kernel.backward(from, dw, db, dx);
 
     const Pending<T>& source = in.sources[0];
     const int64_t C = in.C, rows_of_source = scale ? scale->size(0) : 1;
@@ -61,10 +62,15 @@ void conv_transpose_bwd(MaybeTensor dweight, Tensor dbias, MaybeTensor dy0, Mayb
             "dy of the source must have its shape, ", shape(y), ", got ", shape(*dy0));
     float* dscale = rows<float>(dscale0, rows_of_source * C, "dscale of the source");
     float* dshift = rows<float>(dshift0, rows_of_source * C, "dshift of the source");
-    const Map<T> dx = map_grad(source, to, dz, in.H, in.W);
+    dx.dz = map_grad(source, to, dz, in.H, in.W);
+    if (!dz && source.load == Load::affine) dx.source = &source.source;
     kernel.backward(from, dw, db, dx);
-    resample_map_bwd<T>(source.source, source.mode, source.taps, dx.read_only(), to, dscale, dshift,
-                        rows_of_source);
+    if (dz)
+      return resample_map_bwd<T>(source.source, source.mode, source.taps, dx.dz.read_only(), to,
+                                 dscale, dshift, rows_of_source);
+    const int64_t groups = static_cast<int64_t>(dx.sums.size()) / (2 * C);
+    if (dscale) sum_chunks(dx.sums.data(), groups, 2 * C, C, rows_of_source, dscale);
+    if (dshift) sum_chunks(dx.sums.data() + C, groups, 2 * C, C, rows_of_source, dshift);
   });
 }
 

@@ -3,15 +3,23 @@
 //
 //   y[2h + i][2w + j][o] = bias[o] + sum over k of x[h][w][k] * weight[k][o][i][j]
 //
-// Pixels are worked on in batches of whole rows: first all threads bring the operands into blocks
-// of 16 channels, then each takes blocks of results, packing their weights on the way.
+// Pixels go in groups, rectangles of one sample. Forward a thread takes a group, or some blocks of
+// its outputs. Two orders of work for the gradients; results depend on neither the order nor the
+// number of threads.
+// * by group: a thread takes a group through all of it, and what it reads stays in its L2. For few
+//   channels.
+// * by batch: all threads bring some groups into blocks of channels, then each takes pairs of
+//   blocks. For more channels, whose weight's gradient is too large for each thread to have one.
 #pragma once
+
+#include <bit>
 
 #include "common/gemm.h"
 #include "common/parallel.h"
 #include "common/transpose.h"
 #include "common/workspace.h"
-#include "resample/input.h"
+#include "conv_norm_act/tiles.h"
+#include "conv_norm_act/work_size.h"
 
 namespace fastunet {
 
@@ -28,178 +36,299 @@ FASTUNET_INLINE void pack_taps(const float* from, int64_t stride, int64_t count,
     for (int i = 0; i < kBlock; ++i) to[t * plane + i] = i < count ? from[i * stride + t] : 0.0f;
 }
 
+// And back, to[i][t] (+)= taps[t][i].
+FASTUNET_INLINE void unpack_taps(const float* taps, int64_t count, float* to, bool add) {
+  alignas(64) float turned[kBlock * kWindow];
+  for (int i = 0; i < kBlock; i += 4) transpose_4x4(taps + i, kBlock, turned + i * kWindow, kWindow);
+  const int64_t values = std::min<int64_t>(count, kBlock) * kWindow;
+  for (int64_t i = 0; i < values; i += kLanes) {
+    const int lanes = static_cast<int>(std::min<int64_t>(kLanes, values - i));
+    const vfloat value = load(turned + i);
+    store(to + i, add ? value + load(to + i, lanes) : value, lanes);
+  }
+}
+
+// Where the input's gradient goes: to dz, or, if `source` is given, that of its raw map, and sums
+// [groups][2][C] for its scale and shift.
+template <class T>
+struct InputGrad {
+  Map<T> dz{};
+  const Source<T>* source = nullptr;
+  std::vector<float> sums{};
+};
+
 template <class T>
 class ConvTranspose {
+  using Group = Tiling::Group;
+
  public:
   // weight: [I, O, 2, 2] dense.
   ConvTranspose(const Input<T>& in, const float* weight, int64_t O)
       : in_(in), weight_(weight), I_(in.C), O_(O), ib_(blocks_of(I_)), ob_(blocks_of(O)) {}
 
   void forward(const float* bias, const Map<T>& y) const {
-    for_batches(ib_, [&](int64_t first, int64_t last, float* v, int64_t stride) {
-      read_input(first, last, v, stride);
-      for_ranges(last - first, ob_, [&](int64_t begin, int64_t end, int64_t b) {
-        const int64_t pixels = (end - begin) * in_.W, u_block = I_ * kBlock;
-        float* u = thread_workspace().get(kWindow * (u_block + pixels * kBlock));
-        float* m = u + kWindow * u_block;
+    const Tiling tiling = groups_of(std::clamp<int64_t>(l2_bytes() / 2 / (ib_ * kBlock * 4), 512, 1024));
+    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t parts = std::min(ob_, ceil_div(threads, tiling.count()));
+    const int64_t v_floats = ib_ * block_floats(tiling.max_tiles());
+    parallel_tasks(tiling.count() * parts, [&](int64_t task) {
+      const Group g = tiling.group(task / parts);
+      const int64_t part = task % parts;
+      float* v = thread_workspace().get(v_floats + kWindow * I_ * kBlock);
+      float* u = v + v_floats;
+      for (int64_t b = 0; b < ib_; ++b) read_input(g, b, v + b * block_floats(g.tiles()));
+      for (int64_t b = ob_ * part / parts; b < ob_ * (part + 1) / parts; ++b) {
         for (int64_t k = 0; k < I_; ++k)
           pack_taps(weight_ + (k * O_ + b * kBlock) * kWindow, kWindow, O_ - b * kBlock,
-                    u + k * kBlock, u_block);
-        multiply(v + begin * in_.W * kBlock, stride, u, I_, m, pixels * kBlock, kWindow, pixels,
-                 false);
-        for (int t = 0; t < kWindow; ++t)
-          write_output(first + begin, first + end, t, b, m + t * pixels * kBlock, bias, y);
-      });
+                    u + k * kBlock, I_ * kBlock);
+        for (int64_t r = 0; r < g.rows; ++r) write_outputs(g, r, b, v, u, bias, y);
+      }
     });
   }
 
-  // Any of dweight [I, O, 2, 2] and the input's gradient dz (without data where not needed), and
-  // dbias [O].
-  void backward(const Map<const T>& dy, float* dweight, float* dbias, const Map<T>& dz) const {
-    const int64_t dy_blocks = kWindow * ob_;
-    std::vector<double> bias_sums(O_);
-    if (dweight) std::fill_n(dweight, I_ * O_ * kWindow, 0.0f);
-    for_batches(dy_blocks + ib_, [&](int64_t first, int64_t last, float* d, int64_t stride) {
-      const int64_t pixels = (last - first) * in_.W;
-      read_grad(dy, first, last, d, stride);
-      add_bias_grad(d, stride, pixels, bias_sums.data());
-      if (dweight) {
-        float* v = d + dy_blocks * stride;
-        read_input(first, last, v, stride);
-        add_weight_grad(v, d, stride, pixels, dweight);
-      }
-      if (!dz.data) return;
-      for_ranges(last - first, ib_, [&](int64_t begin, int64_t end, int64_t b) {
-        const int64_t count = (end - begin) * in_.W, K = dy_blocks * kBlock;
-        float* u = thread_workspace().get((K + count) * kBlock);
-        float* m = u + K * kBlock;
-        std::fill_n(u, K * kBlock, 0.0f);
-        for (int64_t o = 0; o < O_; ++o)
-          pack_taps(weight_ + (b * kBlock * O_ + o) * kWindow, O_ * kWindow, I_ - b * kBlock,
-                    u + o * kBlock, ob_ * kBlock * kBlock);
-        multiply(d + begin * in_.W * kBlock, stride, u, K, m, count * kBlock, 1, count, false);
-        write_input_grad(first + begin, count, b, m, dz);
-      });
-    });
-    for (int64_t o = 0; o < O_; ++o) dbias[o] = static_cast<float>(bias_sums[o]);
+  // Any of dweight [I, O, 2, 2] and the input's gradient (without data where not needed), and dbias
+  // [O].
+  void backward(const Map<const T>& dy, float* dweight, float* dbias, InputGrad<T>& dx) const {
+    if (in_.N * in_.H * in_.W == 0) {
+      if (dweight) std::fill_n(dweight, I_ * O_ * kWindow, 0.0f);
+      return (void)std::fill_n(dbias, O_, 0.0f);
+    }
+    const bool by_group = sum_floats() * 4 <= l2_bytes() * 3 / 5;
+    const int64_t bytes = (ib_ + kWindow * ob_) * kBlock * 4;
+    const Tiling tiling = groups_of(by_group ? std::clamp<int64_t>(l2_bytes() * 2 / 5 / bytes, 64, 256) : 256);
+    if (dx.source) dx.sums.resize(tiling.count() * 2 * I_);
+    std::vector<float> bias_sums(tiling.count() * O_);
+    if (by_group)
+      backward_by_group(tiling, dy, dweight, bias_sums.data(), dx);
+    else
+      backward_by_batch(tiling, dy, dweight, bias_sums.data(), dx);
+    sum_chunks(bias_sums.data(), tiling.count(), O_, O_, 1, dbias);
   }
 
  private:
-  static constexpr int64_t kBatchBytes = 8 << 20;
+  static constexpr int64_t kBatchBytes = 8 << 20, kBatchPixels = 2048, kSharePixels = 2048;
 
-  int64_t all_rows() const { return in_.N * in_.H; }
-  // At most 2048 pixels, also to keep sums over them short.
-  int64_t batch_rows(int64_t blocks) const {
-    const int64_t pixels = std::min<int64_t>(kBatchBytes / (blocks * kBlock * 4), 2048);
-    return std::max<int64_t>(1, pixels / in_.W);
-  }
-  int64_t rows_per_range() const { return std::max<int64_t>(1, 256 / in_.W); }
+  Tiling groups_of(int64_t pixels) const { return {in_.N, in_.H, in_.W, 1, pixels}; }
+  // Blocks are a line further apart than they are large.
+  static int64_t block_floats(int64_t pixels) { return (pixels + 1) * kBlock; }
+  // The weight's gradient, [ib][ob][16 inputs][taps][16 outputs].
+  static constexpr int64_t kPair = kBlock * kWindow * kBlock;
+  int64_t sum_floats() const { return ib_ * ob_ * kPair; }
+  int64_t grad_blocks() const { return kWindow * ob_; }
+  // Inputs of the product that gives the input's gradient: [taps][ob][16].
+  int64_t grad_inputs() const { return grad_blocks() * kBlock; }
 
-  // f(first row, last row, operands [blocks][stride]) over all rows of all samples.
-  template <class F>
-  void for_batches(int64_t blocks, F f) const {
-    const int64_t rows = batch_rows(blocks);
-    const int64_t stride = (std::min(rows, all_rows()) * in_.W + 1) * kBlock;
-    float* operands = shared_workspace().get(blocks * stride);
-    for (int64_t first = 0; first < all_rows(); first += rows)
-      f(first, std::min(first + rows, all_rows()), operands, stride);
-  }
-
-  // f(begin, end, block) in parallel, for ranges of rows by blocks of results.
-  template <class F>
-  void for_ranges(int64_t rows, int64_t blocks, F f) const {
-    const int64_t per_range = rows_per_range(), ranges = ceil_div(rows, per_range);
-    parallel_tasks(ranges * blocks, [&](int64_t task) {
-      const int64_t begin = task % ranges * per_range;
-      f(begin, std::min(begin + per_range, rows), task / ranges);
+  void backward_by_group(const Tiling& tiling, const Map<const T>& dy, float* dweight,
+                         float* bias_sums, InputGrad<T>& dx) const {
+    const int64_t count = tiling.count(), most = tiling.max_tiles();
+    const int64_t worth = std::bit_ceil<uint64_t>(tiling.max_tiles_of_all() / kSharePixels);
+    const int64_t shares = std::min(count, std::clamp(worth, kLeastShares, kMostShares));
+    const int64_t u_floats = ib_ * grad_inputs() * kBlock;
+    float* u = shared_workspace().get(u_floats + shares * sum_floats());
+    float* sums = u + u_floats;
+    if (dx.dz.data)
+      parallel_tasks(ib_, [&](int64_t b) { pack_inputs(b, u + b * grad_inputs() * kBlock); });
+    parallel_tasks(shares, [&](int64_t share) {
+      float* d = thread_workspace().get((grad_blocks() + ib_ + kBlocks) * block_floats(most));
+      const int64_t first = count * share / shares;
+      for (int64_t index = first; index < count * (share + 1) / shares; ++index) {
+        const Group g = tiling.group(index);
+        const int64_t block = block_floats(g.tiles());
+        float* v = d + grad_blocks() * block;
+        float* m = v + ib_ * block;
+        for (int64_t b = 0; b < grad_blocks(); ++b) read_grad(dy, g, b, d + b * block);
+        for (int64_t o = 0; o < ob_; ++o) sum_bias_grad(d, block, o, g.tiles(), bias_sums + index * O_);
+        if (dweight) {
+          for (int64_t i = 0; i < ib_; ++i) read_input(g, i, v + i * block);
+          for (int64_t o = 0; o < ob_; ++o)
+            for (int64_t i = 0; i < ib_; ++i)
+              correlate_pair(v + i * block, i, d + o * block, block, g.tiles(),
+                             sums + share * sum_floats() + (i * ob_ + o) * kPair, index > first);
+        }
+        if (!dx.dz.data) continue;
+        for (int64_t b = 0; b < ib_; b += kBlocks) {
+          const int64_t blocks = std::min<int64_t>(kBlocks, ib_ - b);
+          multiply(d, block, u + b * grad_inputs() * kBlock, grad_inputs(), m, block, blocks,
+                   g.tiles(), false);
+          for (int64_t i = 0; i < blocks; ++i) write_input_grad(g, index, b + i, m + i * block, dx);
+        }
+      }
+    });
+    if (!dweight) return;
+    parallel_tasks(ib_ * ob_, [&](int64_t pair) {
+      float* sum = sums + pair * kPair;
+      for (int64_t s = 1; s < shares; ++s)
+        for (int64_t i = 0; i < kPair; i += kLanes)
+          store(sum + i, load(sum + i) + load(sum + s * sum_floats() + i));
+      write_weight_grad(sum, pair / ob_, pair % ob_, dweight, false);
     });
   }
 
-  void read_input(int64_t first, int64_t last, float* v, int64_t stride) const {
+  void backward_by_batch(const Tiling& tiling, const Map<const T>& dy, float* dweight,
+                         float* bias_sums, InputGrad<T>& dx) const {
+    const int64_t blocks = grad_blocks() + (dweight ? ib_ : 0), most = tiling.max_tiles();
+    const int64_t fit = std::min(kBatchBytes / (blocks * kBlock * 4), kBatchPixels);
+    const int64_t groups = std::max<int64_t>(1, fit / most);
+    const int64_t threads = torch::stable::get_num_threads();
+    // Of the inputs, so that there is a task for each thread.
+    const int64_t parts = std::min(ib_, ceil_div(4 * threads, ob_));
+    const int64_t pairs = ceil_div(ib_, int64_t{kBlocks});
+    float* d = shared_workspace().get(blocks * block_floats(groups * most));
+    for (int64_t first = 0; first < tiling.count(); first += groups) {
+      const int64_t last = std::min(first + groups, tiling.count());
+      const std::vector<int64_t> offsets = tiling.offsets(first, last);
+      const int64_t pixels = offsets.back(), block = block_floats(pixels);
+      float* v = d + grad_blocks() * block;
+      parallel_tasks((last - first) * blocks, [&](int64_t task) {
+        const int64_t g = task / blocks, b = task % blocks;
+        float* to = d + b * block + offsets[g] * kBlock;
+        if (b < grad_blocks())
+          read_grad(dy, tiling.group(first + g), b, to);
+        else
+          read_input(tiling.group(first + g), b - grad_blocks(), to);
+      });
+      const int64_t of_weight = ob_ * parts, of_input = dx.dz.data ? pairs : 0;
+      parallel_tasks(of_weight + of_input, [&](int64_t task) {
+        if (task < of_weight) {
+          const int64_t o = task / parts, part = task % parts;
+          if (part == 0)
+            for (int64_t g = first; g < last; ++g)
+              sum_bias_grad(d + offsets[g - first] * kBlock, block, o,
+                            offsets[g - first + 1] - offsets[g - first], bias_sums + g * O_);
+          if (!dweight) return;
+          for (int64_t i = ib_ * part / parts; i < ib_ * (part + 1) / parts; ++i) {
+            alignas(64) float sum[kPair];
+            correlate_pair(v + i * block, i, d + o * block, block, pixels, sum, false);
+            write_weight_grad(sum, i, o, dweight, first > 0);
+          }
+          return;
+        }
+        const int64_t b = (task - of_weight) * kBlocks;
+        const int64_t count = std::min<int64_t>(kBlocks, ib_ - b), K = grad_inputs();
+        float* u = thread_workspace().get(kBlocks * (K * kBlock + block));
+        float* m = u + kBlocks * K * kBlock;
+        for (int64_t i = 0; i < count; ++i) pack_inputs(b + i, u + i * K * kBlock);
+        multiply(d, block, u, K, m, block, count, pixels, false);
+        for (int64_t g = first; g < last; ++g)
+          for (int64_t i = 0; i < count; ++i)
+            write_input_grad(tiling.group(g), g, b + i, m + i * block + offsets[g - first] * kBlock, dx);
+      });
+    }
+  }
+
+  // Block b of the input's channels.
+  void read_input(const Group& g, int64_t b, float* to) const {
     const Pending<T>& p = in_.sources[0];
-    parallel_tasks((last - first) * ib_, [&](int64_t task) {
-      const int64_t row = first + task / ib_, b = task % ib_;
-      const int64_t count = std::min<int64_t>(kBlock, I_ - b * kBlock);
-      float* to = v + b * stride + (row - first) * in_.W * kBlock;
-      if (count < kBlock) zero(to, in_.W, kBlock, kBlock);
-      const Resample<T> resample =
-          resample_of(p, channels(p.source, b * kBlock, count), in_.H, in_.W);
-      typename Resample<T>::Rows rows;
-      resample.row(row / in_.H, row % in_.H, 0, in_.W, to, kBlock, rows);
-    });
+    const int64_t count = std::min<int64_t>(kBlock, I_ - b * kBlock);
+    if (count < kBlock) zero(to, g.tiles(), kBlock, kBlock);
+    const Resample<T> resample = resample_of(p, channels(p.source, b * kBlock, count), in_.H, in_.W);
+    typename Resample<T>::Rows rows;
+    for (int64_t r = 0; r < g.rows; ++r)
+      resample.row(g.n, g.h + r, g.w, g.w + g.columns, to + r * g.columns * kBlock, kBlock, rows);
   }
 
-  // The gradients of the 2x2 outputs of each pixel: blocks [taps][ob].
-  void read_grad(const Map<const T>& dy, int64_t first, int64_t last, float* d,
-                 int64_t stride) const {
-    parallel_tasks((last - first) * kWindow * ob_, [&](int64_t task) {
-      const int64_t row = first + task / (kWindow * ob_), block = task % (kWindow * ob_);
-      const int64_t t = block / ob_, c = block % ob_ * kBlock;
-      const T* from = dy.at(row / in_.H, 2 * (row % in_.H) + t / 2, t % 2) + c;
-      float* to = d + block * stride + (row - first) * in_.W * kBlock;
+  // Of the gradients of each pixel's 2x2 outputs, block b of [taps][ob].
+  void read_grad(const Map<const T>& dy, const Group& g, int64_t b, float* to) const {
+    const int64_t t = b / ob_, c = b % ob_ * kBlock;
+    for (int64_t r = 0; r < g.rows; ++r)
       for (int i = 0; i < kBlock; i += kLanes) {
         const int lanes = static_cast<int>(std::clamp<int64_t>(O_ - c - i, 0, kLanes));
-        for (int64_t w = 0; w < in_.W; ++w)
-          store(to + w * kBlock + i, lanes ? load(from + 2 * w * dy.sw + i, lanes) : vfloat{});
+        const T* from = dy.at(g.n, 2 * (g.h + r) + t / 2, 2 * g.w + t % 2) + c + i;
+        float* out = to + r * g.columns * kBlock + i;
+        for (int64_t w = 0; w < g.columns; ++w, from += 2 * dy.sw, out += kBlock)
+          store(out, lanes ? load(from, lanes) : vfloat{});
       }
-    });
   }
 
-  void write_output(int64_t first, int64_t last, int t, int64_t b, const float* m,
-                    const float* bias, const Map<T>& y) const {
-    for (int i = 0; i < kBlock; i += kLanes) {
-      const int64_t c = b * kBlock + i;
-      const int lanes = static_cast<int>(std::clamp<int64_t>(O_ - c, 0, kLanes));
-      if (lanes == 0) return;
-      const vfloat add = bias ? load(bias + c, lanes) : vfloat{};
-      const float* from = m + i;
-      for (int64_t row = first; row < last; ++row) {
-        T* to = y.at(row / in_.H, 2 * (row % in_.H) + t / 2, t % 2) + c;
-        for (int64_t w = 0; w < in_.W; ++w, from += kBlock, to += 2 * y.sw)
-          store(to, load(from) + add, lanes);
-      }
-    }
-  }
-
-  // dz is dense.
-  void write_input_grad(int64_t first_row, int64_t pixels, int64_t b, const float* m,
-                        const Map<T>& dz) const {
-    T* to = dz.data + first_row * in_.W * I_ + b * kBlock;
-    for (int i = 0; i < kBlock; i += kLanes) {
-      const int lanes = static_cast<int>(std::clamp<int64_t>(I_ - b * kBlock - i, 0, kLanes));
-      if (lanes == 0) return;
-      for (int64_t p = 0; p < pixels; ++p) store(to + p * I_ + i, load(m + p * kBlock + i), lanes);
-    }
-  }
-
-  void add_weight_grad(const float* v, const float* d, int64_t stride, int64_t pixels,
-                       float* dweight) const {
-    parallel_tasks(ib_ * ob_, [&](int64_t task) {
-      constexpr int64_t kRow = kWindow * kBlock;
-      alignas(64) float du[kBlock * kRow];
-      const int64_t i = task / ob_, o = task % ob_;
-      const int64_t inputs = std::min<int64_t>(kBlock, I_ - i * kBlock);
-      correlate(v + i * stride, inputs, d + o * stride, ob_ * stride, kWindow, pixels, du, kRow,
-                false);
-      for (int64_t k = 0; k < inputs; ++k)
-        for (int64_t c = 0; c < std::min<int64_t>(kBlock, O_ - o * kBlock); ++c)
-          for (int t = 0; t < kWindow; ++t)
-            dweight[((i * kBlock + k) * O_ + o * kBlock + c) * kWindow + t] +=
-                du[k * kRow + t * kBlock + c];
-    });
-  }
-
-  void add_bias_grad(const float* d, int64_t stride, int64_t pixels, double* sums) const {
-    parallel_tasks(ob_, [&](int64_t b) {
-      for (int64_t o = b * kBlock; o < std::min((b + 1) * kBlock, O_); o += kLanes) {
-        vfloat sum{};
-        for (int t = 0; t < kWindow; ++t) {
-          const float* from = d + (t * ob_ + b) * stride + o % kBlock;
-          for (int64_t p = 0; p < pixels; ++p) sum += load(from + p * kBlock);
+  // Block b of the outputs of row r.
+  void write_outputs(const Group& g, int64_t r, int64_t b, const float* v, const float* u,
+                     const float* bias, const Map<T>& y) const {
+    const int64_t c = b * kBlock, panels = ceil_div(g.columns, int64_t{kRows});
+    alignas(64) float add[kBlock] = {};
+    for (int64_t i = 0; bias && i < std::min<int64_t>(kBlock, O_ - c); ++i) add[i] = bias[c + i];
+    v += r * g.columns * kBlock;
+    for (int64_t p = 0; p < panels; ++p) {
+      const int64_t w = g.columns * p / panels, count = g.columns * (p + 1) / panels - w;
+      with_rows<kRows>(count, [&](auto rows) {
+        for (int t = 0; t < kWindow; t += kBlocks) {
+          Sums<rows, kBlocks> sums;
+          sums.add_products(v + w * kBlock, block_floats(g.tiles()), u + t * I_ * kBlock,
+                            I_ * kBlock, I_);
+          T* to = y.at(g.n, 2 * (g.h + r) + t / 2, 2 * (g.w + w) + t % 2) + c;
+          sums.each([&](int pixel, int tap, int i, vfloat sum) {
+            const int lanes = static_cast<int>(std::clamp<int64_t>(O_ - c - i, 0, kLanes));
+            if (lanes) store(to + (2 * pixel + tap) * y.sw + i, sum + load(add + i), lanes);
+          });
         }
-        for (int64_t c = o; c < std::min<int64_t>(o + kLanes, O_); ++c) sums[c] += sum[c - o];
+      });
+    }
+  }
+
+  // The weights of block b of the inputs, as their gradient's product takes them.
+  void pack_inputs(int64_t b, float* u) const {
+    if (O_ % kBlock) std::fill_n(u, grad_inputs() * kBlock, 0.0f);
+    for (int64_t o = 0; o < O_; ++o)
+      pack_taps(weight_ + (b * kBlock * O_ + o) * kWindow, O_ * kWindow, I_ - b * kBlock,
+                u + o * kBlock, ob_ * kBlock * kBlock);
+  }
+
+  // m: [pixels][16], block b of the input's gradient.
+  void write_input_grad(const Group& g, int64_t index, int64_t b, const float* m,
+                        InputGrad<T>& dx) const {
+    for (int64_t c = b * kBlock; c < std::min((b + 1) * kBlock, I_); c += kLanes) {
+      const int lanes = static_cast<int>(std::min<int64_t>(kLanes, I_ - c));
+      const float* from = m + c % kBlock;
+      if (!dx.source) {
+        for (int64_t r = 0; r < g.rows; ++r) {
+          T* to = dx.dz.at(g.n, g.h + r, g.w) + c;
+          for (int64_t w = 0; w < g.columns; ++w, from += kBlock)
+            store(to + w * dx.dz.sw, load(from), lanes);
+        }
+        continue;
       }
-    });
+      const Map<const T>& y = dx.source->y;
+      const Channels<float> channel(*dx.source, g.n, c, lanes);
+      vfloat dscale{}, dshift{};
+      for (int64_t r = 0; r < g.rows; ++r) {
+        const T* raw = y.at(g.n, g.h + r, g.w) + c;
+        T* to = dx.dz.at(g.n, g.h + r, g.w) + c;
+        for (int64_t w = 0; w < g.columns; ++w, from += kBlock) {
+          const vfloat value = load(raw + w * y.sw, lanes);
+          const vfloat d = channel.act_bwd(load(from), channel.preact(value));
+          store(to + w * dx.dz.sw, channel.scale * d, lanes);
+          dscale += d * (value - channel.center);
+          dshift += d;
+        }
+      }
+      float* sum = dx.sums.data() + index * 2 * I_ + c;
+      store(sum, dscale, lanes);
+      store(sum + I_, dshift, lanes);
+    }
+  }
+
+  // v: block i of the inputs, d: a block of the outputs' gradients of the first tap.
+  void correlate_pair(const float* v, int64_t i, const float* d, int64_t block, int64_t pixels,
+                      float* sum, bool add) const {
+    correlate(v, std::min<int64_t>(kBlock, I_ - i * kBlock), d, ob_ * block, kWindow, pixels, sum,
+              kWindow * kBlock, add);
+  }
+
+  void write_weight_grad(const float* sum, int64_t i, int64_t o, float* dweight, bool add) const {
+    for (int64_t k = 0; k < std::min<int64_t>(kBlock, I_ - i * kBlock); ++k)
+      unpack_taps(sum + k * kWindow * kBlock, O_ - o * kBlock,
+                  dweight + ((i * kBlock + k) * O_ + o * kBlock) * kWindow, add);
+  }
+
+  // Of block o of the outputs.
+  void sum_bias_grad(const float* d, int64_t block, int64_t o, int64_t pixels, float* sums) const {
+    for (int64_t c = o * kBlock; c < std::min((o + 1) * kBlock, O_); c += kLanes) {
+      vfloat sum[kWindow] = {};
+      const float* from = d + o * block + c % kBlock;
+      for (int64_t p = 0; p < pixels; ++p)
+        for (int t = 0; t < kWindow; ++t) sum[t] += load(from + t * ob_ * block + p * kBlock);
+      store(sums + c, (sum[0] + sum[1]) + (sum[2] + sum[3]),
+            static_cast<int>(std::min<int64_t>(kLanes, O_ - c)));
+    }
   }
 
   const Input<T>& in_;
