@@ -39,7 +39,8 @@ FASTUNET_INLINE void pack_taps(const float* from, int64_t stride, int64_t count,
 // And back, to[i][t] (+)= taps[t][i].
 FASTUNET_INLINE void unpack_taps(const float* taps, int64_t count, float* to, bool add) {
   alignas(64) float turned[kBlock * kWindow];
-  for (int i = 0; i < kBlock; i += 4) transpose_4x4(taps + i, kBlock, turned + i * kWindow, kWindow);
+  for (int i = 0; i < kBlock; i += 4)
+    transpose_4x4(taps + i, kBlock, turned + i * kWindow, kWindow);
   const int64_t values = std::min<int64_t>(count, kBlock) * kWindow;
   for (int64_t i = 0; i < values; i += kLanes) {
     const int lanes = static_cast<int>(std::min<int64_t>(kLanes, values - i));
@@ -67,7 +68,8 @@ class ConvTranspose {
       : in_(in), weight_(weight), I_(in.C), O_(O), ib_(blocks_of(I_)), ob_(blocks_of(O)) {}
 
   void forward(const float* bias, const Map<T>& y) const {
-    const Tiling tiling = groups_of(std::clamp<int64_t>(l2_bytes() / 2 / (ib_ * kBlock * 4), 512, 1024));
+    const Tiling tiling =
+        groups_of(std::clamp<int64_t>(l2_bytes() / 2 / (ib_ * kBlock * 4), 512, 1024));
     const int64_t threads = torch::stable::get_num_threads();
     const int64_t parts = std::min(ob_, ceil_div(threads, tiling.count()));
     const int64_t v_floats = ib_ * block_floats(tiling.max_tiles());
@@ -77,11 +79,13 @@ class ConvTranspose {
       float* v = thread_workspace().get(v_floats + kWindow * I_ * kBlock);
       float* u = v + v_floats;
       for (int64_t b = 0; b < ib_; ++b) read_input(g, b, v + b * block_floats(g.tiles()));
+      Prefetch lines;
+      if (parts == 1 && task + 1 < tiling.count()) prefetch_input(tiling.group(task + 1), lines);
       for (int64_t b = ob_ * part / parts; b < ob_ * (part + 1) / parts; ++b) {
         for (int64_t k = 0; k < I_; ++k)
           pack_taps(weight_ + (k * O_ + b * kBlock) * kWindow, kWindow, O_ - b * kBlock,
                     u + k * kBlock, I_ * kBlock);
-        for (int64_t r = 0; r < g.rows; ++r) write_outputs(g, r, b, v, u, bias, y);
+        for (int64_t r = 0; r < g.rows; ++r) write_outputs(g, r, b, v, u, bias, y, lines);
       }
     });
   }
@@ -94,8 +98,7 @@ class ConvTranspose {
       return (void)std::fill_n(dbias, O_, 0.0f);
     }
     const bool by_group = sum_floats() * 4 <= l2_bytes() * 3 / 5;
-    const int64_t bytes = (ib_ + kWindow * ob_) * kBlock * 4;
-    const Tiling tiling = groups_of(by_group ? std::clamp<int64_t>(l2_bytes() * 2 / 5 / bytes, 64, 256) : 256);
+    const Tiling tiling = groups_of(by_group ? kGroupPixels : 4 * kGroupPixels);
     if (dx.source) dx.sums.resize(tiling.count() * 2 * I_);
     std::vector<float> bias_sums(tiling.count() * O_);
     if (by_group)
@@ -106,7 +109,9 @@ class ConvTranspose {
   }
 
  private:
-  static constexpr int64_t kBatchBytes = 8 << 20, kBatchPixels = 2048, kSharePixels = 2048;
+  // Of gradients by group: so few that lines for the next are asked for between short products.
+  static constexpr int64_t kGroupPixels = 64, kPanel = 2 * kRows, kSharePixels = 2048;
+  static constexpr int64_t kBatchBytes = 8 << 20, kBatchPixels = 2048;
 
   Tiling groups_of(int64_t pixels) const { return {in_.N, in_.H, in_.W, 1, pixels}; }
   // Blocks are a line further apart than they are large.
@@ -136,20 +141,31 @@ class ConvTranspose {
         const int64_t block = block_floats(g.tiles());
         float* v = d + grad_blocks() * block;
         float* m = v + ib_ * block;
+        Prefetch lines;
+        if (index + 1 < count) prefetch_read(dy, tiling.group(index + 1), lines);
+        if (dx.dz.data) lines.add(dx.dz.read_only(), g.n, g.h, g.h + g.rows, g.w, g.w + g.columns);
+        const int64_t products = ceil_div(g.tiles(), kPanel) * ceil_div(ib_, int64_t{kBlocks});
+        const int64_t turns =
+            (dweight ? ib_ * ob_ * (kBlock / kGradRows) : 0) + (dx.dz.data ? products : 0);
         for (int64_t b = 0; b < grad_blocks(); ++b) read_grad(dy, g, b, d + b * block);
-        for (int64_t o = 0; o < ob_; ++o) sum_bias_grad(d, block, o, g.tiles(), bias_sums + index * O_);
+        for (int64_t o = 0; o < ob_; ++o)
+          sum_bias_grad(d, block, o, g.tiles(), bias_sums + index * O_);
         if (dweight) {
           for (int64_t i = 0; i < ib_; ++i) read_input(g, i, v + i * block);
           for (int64_t o = 0; o < ob_; ++o)
             for (int64_t i = 0; i < ib_; ++i)
               correlate_pair(v + i * block, i, d + o * block, block, g.tiles(),
-                             sums + share * sum_floats() + (i * ob_ + o) * kPair, index > first);
+                             sums + share * sum_floats() + (i * ob_ + o) * kPair, index > first,
+                             [&] { lines.advance(turns); });
         }
         if (!dx.dz.data) continue;
         for (int64_t b = 0; b < ib_; b += kBlocks) {
           const int64_t blocks = std::min<int64_t>(kBlocks, ib_ - b);
-          multiply(d, block, u + b * grad_inputs() * kBlock, grad_inputs(), m, block, blocks,
-                   g.tiles(), false);
+          for (int64_t p = 0; p < g.tiles(); p += kPanel) {
+            lines.advance(turns);
+            multiply(d + p * kBlock, block, u + b * grad_inputs() * kBlock, grad_inputs(),
+                     m + p * kBlock, block, blocks, std::min(kPanel, g.tiles() - p), false);
+          }
           for (int64_t i = 0; i < blocks; ++i) write_input_grad(g, index, b + i, m + i * block, dx);
         }
       }
@@ -198,7 +214,7 @@ class ConvTranspose {
           if (!dweight) return;
           for (int64_t i = ib_ * part / parts; i < ib_ * (part + 1) / parts; ++i) {
             alignas(64) float sum[kPair];
-            correlate_pair(v + i * block, i, d + o * block, block, pixels, sum, false);
+            correlate_pair(v + i * block, i, d + o * block, block, pixels, sum, false, [] {});
             write_weight_grad(sum, i, o, dweight, first > 0);
           }
           return;
@@ -211,7 +227,8 @@ class ConvTranspose {
         multiply(d, block, u, K, m, block, count, pixels, false);
         for (int64_t g = first; g < last; ++g)
           for (int64_t i = 0; i < count; ++i)
-            write_input_grad(tiling.group(g), g, b + i, m + i * block + offsets[g - first] * kBlock, dx);
+            write_input_grad(tiling.group(g), g, b + i, m + i * block + offsets[g - first] * kBlock,
+                             dx);
       });
     }
   }
@@ -221,7 +238,8 @@ class ConvTranspose {
     const Pending<T>& p = in_.sources[0];
     const int64_t count = std::min<int64_t>(kBlock, I_ - b * kBlock);
     if (count < kBlock) zero(to, g.tiles(), kBlock, kBlock);
-    const Resample<T> resample = resample_of(p, channels(p.source, b * kBlock, count), in_.H, in_.W);
+    const Resample<T> resample =
+        resample_of(p, channels(p.source, b * kBlock, count), in_.H, in_.W);
     typename Resample<T>::Rows rows;
     for (int64_t r = 0; r < g.rows; ++r)
       resample.row(g.n, g.h + r, g.w, g.w + g.columns, to + r * g.columns * kBlock, kBlock, rows);
@@ -242,13 +260,14 @@ class ConvTranspose {
 
   // Block b of the outputs of row r.
   void write_outputs(const Group& g, int64_t r, int64_t b, const float* v, const float* u,
-                     const float* bias, const Map<T>& y) const {
+                     const float* bias, const Map<T>& y, Prefetch& lines) const {
     const int64_t c = b * kBlock, panels = ceil_div(g.columns, int64_t{kRows});
     alignas(64) float add[kBlock] = {};
     for (int64_t i = 0; bias && i < std::min<int64_t>(kBlock, O_ - c); ++i) add[i] = bias[c + i];
     v += r * g.columns * kBlock;
     for (int64_t p = 0; p < panels; ++p) {
       const int64_t w = g.columns * p / panels, count = g.columns * (p + 1) / panels - w;
+      lines.advance(ob_ * g.rows * panels);
       with_rows<kRows>(count, [&](auto rows) {
         for (int t = 0; t < kWindow; t += kBlocks) {
           Sums<rows, kBlocks> sums;
@@ -307,10 +326,23 @@ class ConvTranspose {
   }
 
   // v: block i of the inputs, d: a block of the outputs' gradients of the first tap.
+  template <class F>
   void correlate_pair(const float* v, int64_t i, const float* d, int64_t block, int64_t pixels,
-                      float* sum, bool add) const {
-    correlate(v, std::min<int64_t>(kBlock, I_ - i * kBlock), d, ob_ * block, kWindow, pixels, sum,
-              kWindow * kBlock, add);
+                      float* sum, bool add, F before) const {
+    const int64_t inputs = std::min<int64_t>(kBlock, I_ - i * kBlock);
+    for (int64_t k = 0; k < inputs; k += kGradRows) {
+      before();
+      correlate(v + k, std::min<int64_t>(kGradRows, inputs - k), d, ob_ * block, kWindow, pixels,
+                sum + k * kWindow * kBlock, kWindow * kBlock, add);
+    }
+  }
+  void prefetch_read(const Map<const T>& dy, const Group& g, Prefetch& lines) const {
+    lines.add(dy, g.n, 2 * g.h, 2 * (g.h + g.rows), 2 * g.w, 2 * (g.w + g.columns));
+    prefetch_input(g, lines);
+  }
+  void prefetch_input(const Group& g, Prefetch& lines) const {
+    const Pending<T>& p = in_.sources[0];
+    if (p.mode == Mode::none) lines.add(p.source.y, g.n, g.h, g.h + g.rows, g.w, g.w + g.columns);
   }
 
   void write_weight_grad(const float* sum, int64_t i, int64_t o, float* dweight, bool add) const {

@@ -61,6 +61,9 @@ LARGE = {
     "thin": conv("none", Source(4, 1, 700, slope=1.0), Source(3, 1, 700, rows="plain")),
     "transposed": ConvTranspose(Source(20, 50, 70, slope=1.0), 18),
     "transposed, wide": ConvTranspose(Source(130, 12, 300, BILINEAR, slope=1.0), 33),
+    # gradients by batch: the weight's is too large for each thread to have one
+    "transposed, many": ConvTranspose(Source(390, 34, 37, rows="each", slope=1.0), 420),
+    "transposed, few pixels": ConvTranspose(Source(390, 5, 7, rows="plain"), 420, n=1),
 }
 
 
