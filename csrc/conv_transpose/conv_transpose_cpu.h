@@ -4,8 +4,8 @@
 //   y[2h + i][2w + j][o] = bias[o] + sum over k of x[h][w][k] * weight[k][o][i][j]
 //
 // Pixels go in groups, rectangles of one sample. Forward a thread takes a group, or some blocks of
-// its outputs. Two orders of work for the gradients; results depend on neither the order nor the
-// number of threads.
+// its outputs. Two orders of work for the gradients, by the number of channels; results do not
+// depend on the number of threads.
 // * by group: a thread takes a group through all of it, and what it reads stays in its L2. For few
 //   channels.
 // * by batch: all threads bring some groups into blocks of channels, then each takes pairs of
