@@ -45,4 +45,13 @@ void sum_chunks(const A* partials, int64_t chunks, int64_t stride, int64_t C, in
   }
 }
 
+// Of partials [chunks][2][C], to dscale and dshift, where there are such.
+template <class A>
+void sum_affine_chunks(const std::vector<A>& partials, int64_t C, int64_t rows, A* dscale,
+                       A* dshift, bool add = false) {
+  const int64_t chunks = static_cast<int64_t>(partials.size()) / (2 * C);
+  if (dscale) sum_chunks(partials.data(), chunks, 2 * C, C, rows, dscale, add);
+  if (dshift) sum_chunks(partials.data() + C, chunks, 2 * C, C, rows, dshift, add);
+}
+
 }  // namespace fastunet

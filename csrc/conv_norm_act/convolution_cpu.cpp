@@ -127,12 +127,10 @@ class SourceBwd {
   }
 
   void finish() const {
-    const int64_t C = dy_.C, groups = static_cast<int64_t>(sums_.size()) / (2 * C);
     if (resampled_)
       return resample_map_bwd<T>(source_.source, source_.mode, source_.taps, dz_.read_only(), dy_,
                                  dscale_, dshift_, rows_);
-    if (dscale_) sum_chunks(sums_.data(), groups, 2 * C, C, rows_, dscale_, add_);
-    if (dshift_) sum_chunks(sums_.data() + C, groups, 2 * C, C, rows_, dshift_, add_);
+    sum_affine_chunks(sums_, dy_.C, rows_, dscale_, dshift_, add_);
   }
 
  private:

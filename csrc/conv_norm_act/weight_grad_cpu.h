@@ -43,8 +43,7 @@ class WeightGrad {
   int64_t products_bytes() const { return products_floats() * 4; }
   // The steps of by_group: sums over the groups of each of `shares`.
   static int64_t shares(const Tiling& tiling) {
-    const int64_t worth = std::bit_ceil<uint64_t>(tiling.max_tiles_of_all() / kGroupShareTiles);
-    return std::min(tiling.count(), std::clamp(worth, kLeastShares, kMostShares));
+    return shares_of(tiling.count(), tiling.max_tiles_of_all(), kGroupShareTiles);
   }
   // [blocks of outputs][inputs][taps][16]
   int64_t sum_floats() const { return blocks_of(dy_.C) * sum_block(); }

@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <bit>
 #include <type_traits>
 
 #include "common/map.h"
@@ -51,6 +52,13 @@ inline constexpr int64_t kWeightBytes = 12 << 20;
 inline constexpr int64_t kGradTiles = 20;
 // tiles in a group from which both gradients share what they read.
 inline constexpr int64_t kSharedTiles = 10;
+
+// Into how many shares by group something goes whose sums are large: `units` of work, so many of
+// which are worth a share.
+inline int64_t shares_of(int64_t groups, int64_t units, int64_t worth) {
+  const int64_t wanted = std::bit_ceil<uint64_t>(units / worth);
+  return std::min(groups, std::clamp(wanted, kLeastShares, kMostShares));
+}
 
 // Calls f with the side of the tiles for maps of H x W, a compile-time number: 6 on large maps
 // where that saves a tenth of the products, not much of it being lost in tiles that reach beyond

@@ -63,14 +63,12 @@ void conv_transpose_bwd(MaybeTensor dweight, Tensor dbias, MaybeTensor dy0, Mayb
     float* dscale = rows<float>(dscale0, rows_of_source * C, "dscale of the source");
     float* dshift = rows<float>(dshift0, rows_of_source * C, "dshift of the source");
     dx.dz = map_grad(source, to, dz, in.H, in.W);
-    if (!dz && source.load == Load::affine) dx.source = &source.source;
+    if (!dz) dx.source = &source.source;
     kernel.backward(from, dw, db, dx);
     if (dz)
       return resample_map_bwd<T>(source.source, source.mode, source.taps, dx.dz.read_only(), to,
                                  dscale, dshift, rows_of_source);
-    const int64_t groups = static_cast<int64_t>(dx.sums.size()) / (2 * C);
-    if (dscale) sum_chunks(dx.sums.data(), groups, 2 * C, C, rows_of_source, dscale);
-    if (dshift) sum_chunks(dx.sums.data() + C, groups, 2 * C, C, rows_of_source, dshift);
+    sum_affine_chunks(dx.sums, C, rows_of_source, dscale, dshift);
   });
 }
 

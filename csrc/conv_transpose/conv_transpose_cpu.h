@@ -12,8 +12,6 @@
 //   blocks. For more channels, whose weight's gradient is too large for each thread to have one.
 #pragma once
 
-#include <bit>
-
 #include "common/gemm.h"
 #include "common/parallel.h"
 #include "common/transpose.h"
@@ -49,7 +47,7 @@ FASTUNET_INLINE void unpack_taps(const float* taps, int64_t count, float* to, bo
   }
 }
 
-// Where the input's gradient goes: to dz, or, if `source` is given, that of its raw map, and sums
+// Where the input's gradient goes: to dz; or, if `source` is given, that of its raw map, with sums
 // [groups][2][C] for its scale and shift.
 template <class T>
 struct InputGrad {
@@ -68,8 +66,9 @@ class ConvTranspose {
       : in_(in), weight_(weight), I_(in.C), O_(O), ib_(blocks_of(I_)), ob_(blocks_of(O)) {}
 
   void forward(const float* bias, const Map<T>& y) const {
-    const Tiling tiling =
-        groups_of(std::clamp<int64_t>(l2_bytes() / 2 / (ib_ * kBlock * 4), 512, 1024));
+    // Of which each packs the weights for itself: at least 512, though they leave L2.
+    const int64_t pixels = std::clamp<int64_t>(l2_bytes() / 2 / (ib_ * kBlock * 4), 512, 1024);
+    const Tiling tiling = groups_of(pixels);
     const int64_t threads = torch::stable::get_num_threads();
     const int64_t parts = std::min(ob_, ceil_div(threads, tiling.count()));
     const int64_t v_floats = ib_ * block_floats(tiling.max_tiles());
@@ -111,7 +110,8 @@ class ConvTranspose {
  private:
   // Of gradients by group: so few that lines for the next are asked for between short products.
   static constexpr int64_t kGroupPixels = 64, kPanel = 2 * kRows, kSharePixels = 2048;
-  static constexpr int64_t kBatchBytes = 8 << 20, kBatchPixels = 2048;
+  // Of operands by batch, in L3.
+  static constexpr int64_t kOperandBytes = 8 << 20, kBatchPixels = 2048;
 
   Tiling groups_of(int64_t pixels) const { return {in_.N, in_.H, in_.W, 1, pixels}; }
   // Blocks are a line further apart than they are large.
@@ -126,8 +126,7 @@ class ConvTranspose {
   void backward_by_group(const Tiling& tiling, const Map<const T>& dy, float* dweight,
                          float* bias_sums, InputGrad<T>& dx) const {
     const int64_t count = tiling.count(), most = tiling.max_tiles();
-    const int64_t worth = std::bit_ceil<uint64_t>(tiling.max_tiles_of_all() / kSharePixels);
-    const int64_t shares = std::min(count, std::clamp(worth, kLeastShares, kMostShares));
+    const int64_t shares = shares_of(count, tiling.max_tiles_of_all(), kSharePixels);
     const int64_t u_floats = ib_ * grad_inputs() * kBlock;
     float* u = shared_workspace().get(u_floats + shares * sum_floats());
     float* sums = u + u_floats;
@@ -183,7 +182,7 @@ class ConvTranspose {
   void backward_by_batch(const Tiling& tiling, const Map<const T>& dy, float* dweight,
                          float* bias_sums, InputGrad<T>& dx) const {
     const int64_t blocks = grad_blocks() + (dweight ? ib_ : 0), most = tiling.max_tiles();
-    const int64_t fit = std::min(kBatchBytes / (blocks * kBlock * 4), kBatchPixels);
+    const int64_t fit = std::min(kOperandBytes / (blocks * kBlock * 4), kBatchPixels);
     const int64_t groups = std::max<int64_t>(1, fit / most);
     const int64_t threads = torch::stable::get_num_threads();
     // Of the inputs, so that there is a task for each thread.
@@ -294,34 +293,23 @@ class ConvTranspose {
   // m: [pixels][16], block b of the input's gradient.
   void write_input_grad(const Group& g, int64_t index, int64_t b, const float* m,
                         InputGrad<T>& dx) const {
-    for (int64_t c = b * kBlock; c < std::min((b + 1) * kBlock, I_); c += kLanes) {
-      const int lanes = static_cast<int>(std::min<int64_t>(kLanes, I_ - c));
-      const float* from = m + c % kBlock;
-      if (!dx.source) {
-        for (int64_t r = 0; r < g.rows; ++r) {
-          T* to = dx.dz.at(g.n, g.h + r, g.w) + c;
-          for (int64_t w = 0; w < g.columns; ++w, from += kBlock)
-            store(to + w * dx.dz.sw, load(from), lanes);
-        }
-        continue;
-      }
-      const Map<const T>& y = dx.source->y;
-      const Channels<float> channel(*dx.source, g.n, c, lanes);
-      vfloat dscale{}, dshift{};
+    const int64_t c = b * kBlock, count = std::min<int64_t>(kBlock, I_ - c);
+    const Map<T> to = channels(dx.dz, c, count);
+    if (dx.source) {
+      const ResampleBwd<T> mask(channels(*dx.source, c, count), to.read_only(), to, Mode::none);
+      float* sums = dx.sums.data() + index * 2 * I_ + c;
+      for (int64_t r = 0; r < g.rows; ++r, m += g.columns * kBlock)
+        mask.row(g.n, g.h + r, g.w, g.w + g.columns, m, kBlock, sums, I_);
+      return;
+    }
+    for (int i = 0; i < count; i += kLanes) {
+      const int lanes = static_cast<int>(std::min<int64_t>(kLanes, count - i));
+      const float* from = m + i;
       for (int64_t r = 0; r < g.rows; ++r) {
-        const T* raw = y.at(g.n, g.h + r, g.w) + c;
-        T* to = dx.dz.at(g.n, g.h + r, g.w) + c;
-        for (int64_t w = 0; w < g.columns; ++w, from += kBlock) {
-          const vfloat value = load(raw + w * y.sw, lanes);
-          const vfloat d = channel.act_bwd(load(from), channel.preact(value));
-          store(to + w * dx.dz.sw, channel.scale * d, lanes);
-          dscale += d * (value - channel.center);
-          dshift += d;
-        }
+        T* out = to.at(g.n, g.h + r, g.w) + i;
+        for (int64_t w = 0; w < g.columns; ++w, from += kBlock, out += to.sw)
+          store(out, load(from), lanes);
       }
-      float* sum = dx.sums.data() + index * 2 * I_ + c;
-      store(sum, dscale, lanes);
-      store(sum + I_, dshift, lanes);
     }
   }
 
@@ -336,6 +324,8 @@ class ConvTranspose {
                 sum + k * kWindow * kBlock, kWindow * kBlock, add);
     }
   }
+
+  // What a group reads.
   void prefetch_read(const Map<const T>& dy, const Group& g, Prefetch& lines) const {
     lines.add(dy, g.n, 2 * g.h, 2 * (g.h + g.rows), 2 * g.w, 2 * (g.w + g.columns));
     prefetch_input(g, lines);

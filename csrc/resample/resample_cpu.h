@@ -264,7 +264,7 @@ class ResampleBwd {
         }
         zero(dy_.at(n, unit), w0, dy_.sw, C);
         zero(dy_.at(n, unit, w1), W - w1, dy_.sw, C);
-        row(n, unit, w0, w1, dz_.at(n, unit + place_.top, w0 + place_.left), dz_.sw, sums);
+        row(n, unit, w0, w1, dz_.at(n, unit + place_.top, w0 + place_.left), dz_.sw, sums, C);
       } else {
         const auto& rows = vertical->adjoint[unit];
         Prefetch next;
@@ -276,7 +276,7 @@ class ResampleBwd {
           next.add(dy_.read_only(), n, unit + 1, unit + 2, 0, W);
         }
         gather(n, rows, *horizontal, columns.data(), gathered.data(), next);
-        row(n, unit, 0, W, gathered.data(), C, sums);
+        row(n, unit, 0, W, gathered.data(), C, sums, C);
       }
     }
   }
@@ -290,11 +290,10 @@ class ResampleBwd {
       max_pool_nothing(dy_.at(n, 2 * h1, 2 * w0), (w1 == dz_.W ? s_.y.W : 2 * w1) - 2 * w0);
   }
 
- private:
-  // One row of source pixels [w0, w1) whose gradient with respect to z is dz.
+  // One row of source pixels [w0, w1) whose gradient with respect to z is dz, `stride` apart.
   template <class D>
-  void row(int64_t n, int64_t h, int64_t w0, int64_t w1, const D* dz, int64_t stride,
-           A* sums) const {
+  void row(int64_t n, int64_t h, int64_t w0, int64_t w1, const D* dz, int64_t stride, A* sums,
+           int64_t sums_row) const {
     const T* y = s_.y.at(n, h, w0);
     T* dy = dy_.at(n, h, w0);
     for_tiles(w1 - w0, s_.y.C, [&](int64_t p, int64_t end, int64_t c, auto lanes) {
@@ -306,10 +305,11 @@ class ResampleBwd {
         store(dy + p * dy_.sw + c, channel.scale * g, lanes);
         sum.add(g, value - channel.center);
       }
-      sum.add_to(sums, s_.y.C, c, lanes);
+      sum.add_to(sums, sums_row, c, lanes);
     });
   }
 
+ private:
   // Two rows of source pixels, from pixels [begin, end) of a row of dz.
   void max_pool(int64_t n, int64_t unit, int64_t begin, int64_t end, A* sums,
                 int64_t sums_row) const {
@@ -438,8 +438,7 @@ void resample_map_bwd(const Source<T>& s, Mode mode, const UpsampleTaps<acc_t<T>
     kernel.units(chunks.sample(k), chunks.begin(k), chunks.end(k), taps.vertical.get(),
                  taps.horizontal.get(), partials.data() + k * 2 * C);
   });
-  if (dscale) sum_chunks(partials.data(), chunks.count(), 2 * C, C, rows, dscale);
-  if (dshift) sum_chunks(partials.data() + C, chunks.count(), 2 * C, C, rows, dshift);
+  sum_affine_chunks(partials, C, rows, dscale, dshift);
 }
 
 }  // namespace fastunet
