@@ -33,7 +33,7 @@ class Convolution {
       : in_(in), weight_(weight), output_(output), reader_(in) {}
 
   void run() const {
-    const int64_t least = weight_bytes() > 2 * l2_bytes() ? kRows : kLeastRows;
+    const int64_t least = streams_weights() ? std::max<int64_t>(kRows, kLeastRows) : kLeastRows;
     int64_t target = l2_bytes() * 3 / 5 / bytes_of_tile();
     if (kByRows)
       target = std::min(target, l1_bytes() / (kPatch * (inputs() + kBlocks) * kBlock * 4));
@@ -90,8 +90,9 @@ class Convolution {
           const int64_t count = std::min<int64_t>(kBlocks, outputs - n);
           for (int j = 0; j < kPatch; ++j) {
             lines.advance(kPoints * ceil_div(outputs, kBlocks));
-            multiply(v.at(j, 0), v.block(), u + (i * kPatch + j) * u_plane() + n * in_.C * kBlock,
-                     in_.C, m.at(j, 0), m.block(), count, tiles, false);
+            const float* of_point = u + (i * kPatch + j) * u_plane() + n * in_.C * kBlock;
+            multiply(v.at(j, 0), v.block(), of_point, in_.C, m.at(j, 0), m.block(), count, tiles,
+                     false, of_point + u_plane(), ahead_floats(count));
           }
           transform_products<kTile>(m, count, rows.at(i * kTile, n), rows.plane());
         }
@@ -103,8 +104,9 @@ class Convolution {
       for (int64_t b = 0; b < inputs; ++b) reader_.read(group, b, v, 0, left.rest, grad_z);
       for (int p = 0; p < kPoints; ++p) {
         lines.advance(kPoints);
-        multiply(v.at(p, 0), v.block(), u + p * u_plane(), in_.C, m.at(p, 0), m.block(), outputs,
-                 tiles, false);
+        const float* of_point = u + p * u_plane();
+        multiply(v.at(p, 0), v.block(), of_point, in_.C, m.at(p, 0), m.block(), outputs, tiles,
+                 false, of_point + u_plane(), ahead_floats(outputs));
       }
       output_.write(group, g, 0, outputs, m, 0);
     }
@@ -117,6 +119,13 @@ class Convolution {
   int64_t inputs() const { return blocks_of(in_.C); }
   int64_t outputs() const { return weight_.blocks(); }
   int64_t weight_bytes() const { return kPoints * inputs() * outputs() * kBlock * kBlock * 4; }
+  // Whether groups read the transformed weights from L3. Each line of them then serves all rows of
+  // registers, and a point asks for the next one's: L3 may be slow.
+  bool streams_weights() const { return weight_bytes() > l2_bytes() / 2; }
+  // Of a point's weights, of `blocks` of outputs, what the point before asks for.
+  int64_t ahead_floats(int64_t blocks) const {
+    return streams_weights() ? blocks * in_.C * kBlock : 0;
+  }
   int64_t u_plane() const { return outputs() * in_.C * kBlock + kBlock; }
 
   void by_group(const Tiling& tiling) const {
@@ -205,10 +214,9 @@ class Convolution {
         transform_weight<kTile>(weight_, k, k + count, begin + b, u + b * count * kBlock, u_plane);
       const int64_t b = k / kBlock, v_floats = blocks_of(count) * v.block();
       for (int p = 0; p < kPoints; ++p) {
-        // The tiles of all channels are in L3, from where they come a chunk at a time.
-        if (p + 1 < kPoints) prefetch(v.at(p + 1, b), v_floats);
+        // The tiles of all channels are in L3, from where they come a point ahead.
         multiply(v.at(p, b), v.block(), u + p * u_plane, count, m.at(p, 0), m.block(), blocks,
-                 v.tiles, k > 0);
+                 v.tiles, k > 0, v.at(p + 1, b), p + 1 < kPoints ? v_floats : 0);
       }
     }
     for (size_t g = 0; g + 1 < offsets.size(); ++g)

@@ -270,8 +270,9 @@ class ConvTranspose {
       with_rows<kRows>(count, [&](auto rows) {
         for (int t = 0; t < kWindow; t += kBlocks) {
           Sums<rows, kBlocks> sums;
+          Ahead none;
           sums.add_products(v + w * kBlock, block_floats(g.tiles()), u + t * I_ * kBlock,
-                            I_ * kBlock, I_);
+                            I_ * kBlock, I_, none);
           T* to = y.at(g.n, 2 * (g.h + r) + t / 2, 2 * (g.w + w) + t % 2) + c;
           sums.each([&](int pixel, int tap, int i, vfloat sum) {
             const int lanes = static_cast<int>(std::clamp<int64_t>(O_ - c - i, 0, kLanes));
