@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from networks import SMALL, assert_same_step, distances, double_pair, pair, random, step, to_mode
+from sampling import sampled
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -94,12 +95,8 @@ def test_autocast():
     assert max(distances(actual, expected).values()) < 2e-2
 
 
-@pytest.mark.parametrize("mode", ["train", pytest.param("eval", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "options",
-    [pytest.param(o, marks=[pytest.mark.slow] * (o not in VARIANTS[:2])) for o in VARIANTS],
-    ids=name_of,
-)
+@pytest.mark.parametrize("mode", sampled(["train", "eval"], ["train"]))
+@pytest.mark.parametrize("options", sampled(VARIANTS, VARIANTS[:2]), ids=name_of)
 def test_dynamic_sizes(options, mode):
     """The first size is not square, and no other size or batch compiles anything again."""
     _, fast = double_pair(mode=mode, **options)
@@ -159,7 +156,7 @@ def test_export_with_dynamic_sizes(strict):
         torch.testing.assert_close(exported.module()(x), fast(x), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("autocast", sampled([False, True], [False]), ids=["fp32", "bf16"])
 @pytest.mark.parametrize("bilinear", [False, True], ids=["transposed", "bilinear"])
 def test_saves_no_more_than_eager(bilinear, autocast):
     model = FastUNet(3, 2, bilinear, **SMALL | {"base_channels": 8, "depth": 3})

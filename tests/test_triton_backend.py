@@ -7,6 +7,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from networks import pair, random
+from sampling import sampled
 from test_parity import assert_as_accurate
 
 import fastunet
@@ -29,7 +30,7 @@ VARIANTS = {
     "no norm": ({"norm": "none", "bilinear": True, "depth": 1}, (5, 8)),
     "group": ({"norm": "group", "activation": "leaky_relu", "depth": 1}, (5, 8)),
 }
-REST = ("defaults", "transposed")  # interpreted, a minute and a half
+SAMPLE = ("bilinear", "group")  # interpreted, the rest takes two minutes
 
 
 @pytest.fixture
@@ -43,10 +44,7 @@ def own_cache(tmp_path, monkeypatch):
         known.cache_clear()
 
 
-@pytest.mark.parametrize(
-    "variant",
-    [pytest.param(v, marks=pytest.mark.slow if v in REST else ()) for v in VARIANTS],
-)
+@pytest.mark.parametrize("variant", sampled(VARIANTS, SAMPLE))
 def test_training(variant):
     """Logits, gradients and running statistics, at most twice as far from float64 as plain
     PyTorch's."""
@@ -62,10 +60,7 @@ def test_other_ways(way):
 
 
 @pytest.mark.parametrize("way", selection.CANDIDATES)
-@pytest.mark.parametrize(
-    "variant",
-    [pytest.param(v, marks=pytest.mark.slow if v in REST else ()) for v in VARIANTS],
-)
+@pytest.mark.parametrize("variant", sampled(VARIANTS, SAMPLE))
 def test_inference(variant, way):
     """Norms and activations are done as each map is written; what is kept of the parameters
     serves again."""
