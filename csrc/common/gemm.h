@@ -18,10 +18,13 @@ inline constexpr int kVecs = kBlock / kLanes;  // vectors per block
 // Register tiles: as many accumulators as the registers leave beside one row of operands.
 #if defined(__AVX512F__)
 inline constexpr int kRows = 12, kBlocks = 2, kGradRows = 8;
+inline constexpr bool kFoldsBroadcasts = true;  // multiplies by a value in memory
 #elif defined(__AVX2__)
 inline constexpr int kRows = 6, kBlocks = 1, kGradRows = 4;
+inline constexpr bool kFoldsBroadcasts = false;
 #else
 inline constexpr int kRows = 2, kBlocks = 1, kGradRows = 2;
+inline constexpr bool kFoldsBroadcasts = false;
 #endif
 
 inline int64_t blocks_of(int64_t channels) { return ceil_div(channels, kBlock); }
@@ -40,6 +43,17 @@ struct Ahead {
   }
 };
 
+// Values that products read: twice the same pointer, which the compiler takes for two.
+struct Values {
+  const float *at, *again;
+  FASTUNET_INLINE Values operator+(int64_t floats) const { return {at + floats, again + floats}; }
+};
+FASTUNET_INLINE Values values_at(const float* x) {
+  const float* again = x;
+  asm("" : "+r"(again));
+  return {x, again};
+}
+
 // R rows by B blocks of sums, in registers.
 template <int R, int B>
 struct Sums {
@@ -56,8 +70,13 @@ struct Sums {
         for (int i = 0; i < kVecs; ++i) f(r, b, i * kLanes, at[r][b][i]);
   }
 
+  // Rows whose values are read for each block, where that is one instruction with their
+  // multiplication: fewer for the front end, which two threads may share. The other rows' are read
+  // once, or there would be more loads than multiplications.
+  static constexpr int kFolded = kFoldsBroadcasts && B > 1 ? R * 2 / 3 : 0;
+
   // at[r][b] += x[r * row] * w[b * block]: one value per row by a block of values
-  FASTUNET_INLINE void add_product(const float* x, int64_t row, const float* w, int64_t block) {
+  FASTUNET_INLINE void add_product(Values x, int64_t row, const float* w, int64_t block) {
     vfloat factors[B][kVecs];
 #pragma GCC unroll 4
     for (int b = 0; b < B; ++b)
@@ -65,11 +84,12 @@ struct Sums {
       for (int i = 0; i < kVecs; ++i) factors[b][i] = load(w + b * block + i * kLanes);
 #pragma GCC unroll 32
     for (int r = 0; r < R; ++r) {
-      const vfloat value = splat(x[r * row]);
+      const vfloat value = splat(x.at[r * row]);
 #pragma GCC unroll 4
       for (int b = 0; b < B; ++b)
 #pragma GCC unroll 4
-        for (int i = 0; i < kVecs; ++i) at[r][b][i] += value * factors[b][i];
+        for (int i = 0; i < kVecs; ++i)
+          at[r][b][i] += (b == 1 && r < kFolded ? splat(x.again[r * row]) : value) * factors[b][i];
     }
   }
 
@@ -77,16 +97,16 @@ struct Sums {
   // u_block apart.
   FASTUNET_INLINE void add_products(const float* v, int64_t v_block, const float* u,
                                     int64_t u_block, int64_t K, Ahead& ahead) {
-    for (; K > 0; K -= kBlock, v += v_block, u += kBlock * kBlock) {
+    for (Values x = values_at(v); K > 0; K -= kBlock, x = x + v_block, u += kBlock * kBlock) {
       const int64_t count = K < kBlock ? K : kBlock;
       int64_t k = 0;
       for (; k + kStep <= count; k += kStep) {
         ahead.advance();
 #pragma GCC unroll 4
         for (int i = 0; i < kStep; ++i)
-          add_product(v + k + i, kBlock, u + (k + i) * kBlock, u_block);
+          add_product(x + (k + i), kBlock, u + (k + i) * kBlock, u_block);
       }
-      for (; k < count; ++k) add_product(v + k, kBlock, u + k * kBlock, u_block);
+      for (; k < count; ++k) add_product(x + k, kBlock, u + k * kBlock, u_block);
     }
   }
 
@@ -156,8 +176,9 @@ void correlate_blocks(const float* v, int64_t inputs, const float* d, int64_t d_
   for (int64_t i = 0; i < inputs; i += kGradRows) {
     Sums<kGradRows, B> sums;
     if (add) sums.load_from(du + i * du_row, du_row, kBlock);
+    const Values x = values_at(v + i);
     for (int64_t t = 0; t < tiles; ++t)
-      sums.add_product(v + t * kBlock + i, 1, d + t * kBlock, d_block);
+      sums.add_product(x + t * kBlock, 1, d + t * kBlock, d_block);
     sums.store_to(du + i * du_row, du_row, kBlock);
   }
 }

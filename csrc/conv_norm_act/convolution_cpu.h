@@ -33,7 +33,9 @@ class Convolution {
       : in_(in), weight_(weight), output_(output), reader_(in) {}
 
   void run() const {
-    const int64_t least = streams_weights() ? std::max<int64_t>(kRows, kLeastRows) : kLeastRows;
+    // What is read from L3 serves all rows of registers.
+    const bool weights_in_l2 = weight_bytes() <= l2_bytes() / 2;
+    const int64_t least = weights_in_l2 ? kLeastRows : std::max<int64_t>(kRows, kLeastRows);
     int64_t target = l2_bytes() * 3 / 5 / bytes_of_tile();
     if (kByRows)
       target = std::min(target, l1_bytes() / (kPatch * (inputs() + kBlocks) * kBlock * 4));
@@ -48,7 +50,7 @@ class Convolution {
   // Whether groups of `target` tiles should stay with a thread.
   bool worth_groups(int64_t target) const {
     const int64_t tiles = in_.N * ceil_div(in_.H, kTile) * ceil_div(in_.W, kTile);
-    return tiles >= 8 * target && weight_bytes() <= kWeightBytes;
+    return tiles >= 8 * target && weight_bytes() <= streamed_bytes<kTile>();
   }
   // What is in L2 at a time: a group's tiles, its outputs, and what the next one reads.
   int64_t bytes_of_tile() const {
@@ -90,9 +92,9 @@ class Convolution {
           const int64_t count = std::min<int64_t>(kBlocks, outputs - n);
           for (int j = 0; j < kPatch; ++j) {
             lines.advance(kPoints * ceil_div(outputs, kBlocks));
-            const float* of_point = u + (i * kPatch + j) * u_plane() + n * in_.C * kBlock;
-            multiply(v.at(j, 0), v.block(), of_point, in_.C, m.at(j, 0), m.block(), count, tiles,
-                     false, of_point + u_plane(), ahead_floats(count));
+            const float* of_point = u + (i * kPatch + j) * u_plane();
+            multiply(v.at(j, 0), v.block(), of_point + n * in_.C * kBlock, in_.C, m.at(j, 0),
+                     m.block(), count, tiles, false);
           }
           transform_products<kTile>(m, count, rows.at(i * kTile, n), rows.plane());
         }
@@ -104,9 +106,8 @@ class Convolution {
       for (int64_t b = 0; b < inputs; ++b) reader_.read(group, b, v, 0, left.rest, grad_z);
       for (int p = 0; p < kPoints; ++p) {
         lines.advance(kPoints);
-        const float* of_point = u + p * u_plane();
-        multiply(v.at(p, 0), v.block(), of_point, in_.C, m.at(p, 0), m.block(), outputs, tiles,
-                 false, of_point + u_plane(), ahead_floats(outputs));
+        multiply(v.at(p, 0), v.block(), u + p * u_plane(), in_.C, m.at(p, 0), m.block(), outputs,
+                 tiles, false);
       }
       output_.write(group, g, 0, outputs, m, 0);
     }
@@ -119,13 +120,6 @@ class Convolution {
   int64_t inputs() const { return blocks_of(in_.C); }
   int64_t outputs() const { return weight_.blocks(); }
   int64_t weight_bytes() const { return kPoints * inputs() * outputs() * kBlock * kBlock * 4; }
-  // Whether groups read the transformed weights from L3. Each line of them then serves all rows of
-  // registers, and a point asks for the next one's: L3 may be slow.
-  bool streams_weights() const { return weight_bytes() > l2_bytes() / 2; }
-  // Of a point's weights, of `blocks` of outputs, what the point before asks for.
-  int64_t ahead_floats(int64_t blocks) const {
-    return streams_weights() ? blocks * in_.C * kBlock : 0;
-  }
   int64_t u_plane() const { return outputs() * in_.C * kBlock + kBlock; }
 
   void by_group(const Tiling& tiling) const {

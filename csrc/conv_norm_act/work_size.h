@@ -46,12 +46,18 @@ inline constexpr int64_t kSumBytes = 8 << 20, kShareTiles = 64, kMostShares = 16
 // the same by group, where a share's products stay in Winograd's domain, and the fewest shares, so
 // that the threads of most machines have work;
 inline constexpr int64_t kGroupShareTiles = 128, kLeastShares = 8;
-// transformed weights that groups may stream from L3;
-inline constexpr int64_t kWeightBytes = 12 << 20;
+// transformed weights that groups may stream from L3, and of tiles of 4 where L2 has 2 MB, as on
+// Intel's servers (Emerald Rapids), whose L3 is slow;
+inline constexpr int64_t kWeightBytes = 12 << 20, kFewerWeightBytes = (9 << 20) / 2;
 // tiles in a group from which the weight's gradient, which adds up between groups, works by group.
 inline constexpr int64_t kGradTiles = 20;
 // tiles in a group from which both gradients share what they read.
 inline constexpr int64_t kSharedTiles = 10;
+
+template <int kTile>
+int64_t streamed_bytes() {
+  return kTile == 4 && l2_bytes() >= 2 << 20 ? kFewerWeightBytes : kWeightBytes;
+}
 
 // Into how many shares by group something goes whose sums are large: `units` of work, so many of
 // which are worth a share.
