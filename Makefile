@@ -49,7 +49,7 @@ test-all: $(READY)
 sanitize: $(READY)
 	FASTUNET_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib $(CHECKED)
 	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(CHECKED) \
-		$(BIN)/python -m pytest $(or $(TESTS),tests/ops)
+		$(BIN)/python -m pytest $(or $(TESTS),-n 2 tests/ops --ignore tests/ops/test_triton.py)
 
 kernels: $(READY)
 	$(BIN)/python tools/kernels.py
