@@ -10,7 +10,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 # A copy of the package whose kernels check addresses and undefined behaviour.
 CHECKED := build/checked
 # All kernels, forward and backward, on maps with odd sides.
-CHECKED_SAMPLE := -n 2 tests/test_recording.py -k 'programs or (bits and train and None)'
+CHECKED_SAMPLE := tests/test_recording.py -k 'programs or (bits and train and None)'
 SANITIZERS := $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
 
 # Of make gpu: all, check, verify, sanitize, ceilings, passes, operators, networks or memory.
@@ -49,7 +49,7 @@ test-all: $(READY)
 sanitize: $(READY)
 	FASTUNET_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib $(CHECKED)
 	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(CHECKED) \
-		$(BIN)/python -m pytest $(or $(TESTS),-n 2 tests/ops --ignore tests/ops/test_triton.py)
+		$(BIN)/python -m pytest -n 2 $(or $(TESTS),tests/ops --ignore tests/ops/test_triton.py)
 
 kernels: $(READY)
 	$(BIN)/python tools/kernels.py

@@ -32,8 +32,8 @@ ROOT = Path(__file__).parent
 # What the build left out, and why, "part: reason" in each line: read by `fastunet doctor`.
 BUILD_NOTE = ROOT / "src" / "fastunet" / "build_note.txt"
 MACROS = [("TORCH_TARGET_VERSION", "0x020b000000000000")]
-# Many Pythons ask for -g: a third more time, and libraries of eight times the size.
-NO_DEBUG = ["-g0"]
+# -g0, as many Pythons ask for -g: a third more time, and libraries of eight times the size.
+CXX_FLAGS = ["-g0", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
 
 
 def extension(name, sources, flags, folders=(), macros=(), **options):
@@ -63,8 +63,7 @@ def cuda_macros():
 
 
 def cpu_extensions():
-    flags = ["-O3", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno"]
-    flags += ["-Wall", "-Wno-psabi", *NO_DEBUG]
+    flags = [*CXX_FLAGS, "-O3", "-ffp-contract=fast", "-fno-math-errno"]
     builds = {"default": []}
     if platform.machine().lower() in ("x86_64", "amd64"):
         builds["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
@@ -83,8 +82,8 @@ def cpu_extensions():
 
 
 def host_cuda_extension():
-    flags = ["-O2", "-std=c++20", "-fvisibility=hidden", "-fno-strict-aliasing"]
-    flags += ["-U_FORTIFY_SOURCE", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas", *NO_DEBUG]
+    flags = [*CXX_FLAGS, "-O2", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE"]
+    flags += ["-Wno-unknown-pragmas"]
     return extension(
         "cuda_host",
         ["tests/host_cuda/kernels.cpp"],

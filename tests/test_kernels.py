@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from sampling import sampled
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -33,12 +34,9 @@ def kernels(tmp_path, *options):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "options",
-    [
-        (),
-        pytest.param(("--dtype", "float16"), marks=pytest.mark.slow),
-        pytest.param(("--dtype", "float32"), marks=pytest.mark.slow),
-        pytest.param(("--base", "24", "--sm", "86"), marks=pytest.mark.slow),
-    ],
+    sampled(
+        [(), ("--dtype", "float16"), ("--dtype", "float32"), ("--base", "24", "--sm", "86")], [()]
+    ),
     ids=lambda options: " ".join(options) or "defaults",
 )
 def test_compile(tmp_path, options):

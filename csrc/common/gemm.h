@@ -18,13 +18,10 @@ inline constexpr int kVecs = kBlock / kLanes;  // vectors per block
 // Register tiles: as many accumulators as the registers leave beside one row of operands.
 #if defined(__AVX512F__)
 inline constexpr int kRows = 12, kBlocks = 2, kGradRows = 8;
-inline constexpr bool kFoldsBroadcasts = true;  // multiplies by a value in memory
 #elif defined(__AVX2__)
 inline constexpr int kRows = 6, kBlocks = 1, kGradRows = 4;
-inline constexpr bool kFoldsBroadcasts = false;
 #else
 inline constexpr int kRows = 2, kBlocks = 1, kGradRows = 2;
-inline constexpr bool kFoldsBroadcasts = false;
 #endif
 
 inline int64_t blocks_of(int64_t channels) { return ceil_div(channels, kBlock); }
@@ -70,10 +67,10 @@ struct Sums {
         for (int i = 0; i < kVecs; ++i) f(r, b, i * kLanes, at[r][b][i]);
   }
 
-  // Rows whose values are read for each block, where that is one instruction with their
-  // multiplication: fewer for the front end, which two threads may share. The other rows' are read
-  // once, or there would be more loads than multiplications.
-  static constexpr int kFolded = kFoldsBroadcasts && B > 1 ? R * 2 / 3 : 0;
+  // Rows whose values are read for each block: with AVX-512, which alone has two of them, that is
+  // one instruction with their multiplication, so fewer for the front end, which two threads may
+  // share. The other rows' are read once, or there would be more loads than multiplications.
+  static constexpr int kFolded = B > 1 ? R * 2 / 3 : 0;
 
   // at[r][b] += x[r * row] * w[b * block]: one value per row by a block of values
   FASTUNET_INLINE void add_product(Values x, int64_t row, const float* w, int64_t block) {

@@ -135,10 +135,6 @@ SHAPES = {
 }
 
 
-def check_shape(name):
-    check_dtype(Placed(SHAPES[name]), torch.float32)
-
-
 # Interpreted, these take longest, and others are like them.
 LONG = ("multiples of 8", "one channel each", "described", "pair of several blocks")
 
@@ -146,13 +142,13 @@ LONG = ("multiples of 8", "one channel each", "described", "pair of several bloc
 @one_way
 @pytest.mark.parametrize("name", sampled(SHAPES, set(SHAPES) - set(LONG)))
 def test_shapes(name):
-    check_shape(name)
+    check_dtype(Placed(SHAPES[name]), torch.float32)
 
 
 @pytest.mark.parametrize("way", ["materialised"], indirect=True)
 @pytest.mark.parametrize("name", sampled(SHAPES, list(SHAPES)[1::3]))
 def test_shapes_of_materialised_maps(name):
-    check_shape(name)
+    test_shapes(name)
 
 
 HALF = {

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sampling import sampled
 from training import children
 from training.runs import assert_same_run, assert_scores, command, options
 
@@ -78,7 +79,7 @@ def test_killed_while_saving(unbroken, tmp_path, moment):
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", sampled([4, 20], [4]))
 def test_killed_at_random_moments(folder, tmp_path, kills):
     chance = random.Random(kills)
     epochs = 3 * kills
