@@ -26,19 +26,7 @@ inline constexpr int kRows = 2, kBlocks = 1, kGradRows = 2;
 
 inline int64_t blocks_of(int64_t channels) { return ceil_div(channels, kBlock); }
 
-inline constexpr int kStep = 4;  // inputs that products take at a time
-
-// A stretch of memory that later products read: `lines` of it go to L2 with each step of inputs.
-// A few at a time, as fill buffers that are full hold up the loads of the products as well.
-struct Ahead {
-  const float* next = nullptr;
-  int64_t lines = 0;
-
-  FASTUNET_INLINE void advance() {
-    prefetch(next, lines * kBlock);
-    next += lines * kBlock;
-  }
-};
+inline constexpr int kStep = 4;  // inputs (tiles) that products take at a time
 
 // Values that products read: twice the same pointer, which the compiler takes for two.
 struct Values {
@@ -149,13 +137,12 @@ void multiply_blocks(const float* v, int64_t v_block, const float* u, int64_t K,
   }
 }
 
-// All blocks of u and m. `ahead`: floats that are asked for on the way.
+// All blocks of u and m. `ahead` is asked for on the way.
 inline void multiply(const float* v, int64_t v_block, const float* u, int64_t K, float* m,
                      int64_t m_block, int64_t blocks, int64_t tiles, bool add,
-                     const float* ahead = nullptr, int64_t ahead_floats = 0) {
+                     const Stretch& ahead = {}) {
   if (tiles == 0) return;
-  const int64_t steps = ceil_div(blocks, kBlocks) * ceil_div(tiles, kRows) * ceil_div(K, kStep);
-  Ahead lines{ahead, ceil_div(ceil_div(ahead_floats, kBlock), steps)};
+  Ahead lines(ahead, ceil_div(blocks, kBlocks) * ceil_div(tiles, kRows) * ceil_div(K, kStep));
   int64_t n = 0;
   for (; n + kBlocks <= blocks; n += kBlocks)
     multiply_blocks<kBlocks>(v, v_block, u + n * K * kBlock, K, m + n * m_block, m_block, tiles,
@@ -169,26 +156,36 @@ inline void multiply(const float* v, int64_t v_block, const float* u, int64_t K,
 // `inputs` of one block (or some more) by B blocks of outputs; du: [16 inputs][du_row].
 template <int B>
 void correlate_blocks(const float* v, int64_t inputs, const float* d, int64_t d_block,
-                      int64_t tiles, float* du, int64_t du_row, bool add) {
+                      int64_t tiles, float* du, int64_t du_row, bool add, Ahead& ahead) {
   for (int64_t i = 0; i < inputs; i += kGradRows) {
     Sums<kGradRows, B> sums;
     if (add) sums.load_from(du + i * du_row, du_row, kBlock);
     const Values x = values_at(v + i);
-    for (int64_t t = 0; t < tiles; ++t)
-      sums.add_product(x + t * kBlock, 1, d + t * kBlock, d_block);
+    int64_t t = 0;
+    for (; t + kStep <= tiles; t += kStep) {
+      ahead.advance();
+#pragma GCC unroll 4
+      for (int j = 0; j < kStep; ++j)
+        sums.add_product(x + (t + j) * kBlock, 1, d + (t + j) * kBlock, d_block);
+    }
+    for (; t < tiles; ++t) sums.add_product(x + t * kBlock, 1, d + t * kBlock, d_block);
     sums.store_to(du + i * du_row, du_row, kBlock);
   }
 }
 
 inline void correlate(const float* v, int64_t inputs, const float* d, int64_t d_block,
-                      int64_t blocks, int64_t tiles, float* du, int64_t du_row, bool add) {
+                      int64_t blocks, int64_t tiles, float* du, int64_t du_row, bool add,
+                      const Stretch& ahead = {}) {
+  const int64_t steps = std::max<int64_t>(1, tiles / kStep);
+  Ahead lines(ahead, ceil_div(blocks, kBlocks) * ceil_div(inputs, kGradRows) * steps);
   int64_t n = 0;
   for (; n + kBlocks <= blocks; n += kBlocks)
     correlate_blocks<kBlocks>(v, inputs, d + n * d_block, d_block, tiles, du + n * kBlock, du_row,
-                              add);
+                              add, lines);
   if constexpr (kBlocks > 1)
     if (n < blocks)
-      correlate_blocks<1>(v, inputs, d + n * d_block, d_block, tiles, du + n * kBlock, du_row, add);
+      correlate_blocks<1>(v, inputs, d + n * d_block, d_block, tiles, du + n * kBlock, du_row, add,
+                          lines);
 }
 
 }  // namespace fastunet

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <array>
 
-#include "common/map.h"
+#include "common/vec.h"
 
 namespace fastunet {
 
@@ -14,9 +14,29 @@ inline constexpr int64_t kLine = 64;
 inline void prefetch(const char* begin, int64_t lines) {
   for (int64_t i = 0; i < lines; ++i) __builtin_prefetch(begin + i * kLine, 0, 2);
 }
-inline void prefetch(const float* begin, int64_t floats) {
-  prefetch(reinterpret_cast<const char*>(begin), ceil_div(floats * 4, kLine));
-}
+
+// Lines that follow one another.
+struct Stretch {
+  const char* begin = nullptr;
+  int64_t lines = 0;
+};
+
+// The same, asked for in equal shares by the steps of products: a few at a time, as fill buffers
+// that are full hold up the loads of the products as well.
+class Ahead {
+ public:
+  Ahead(const Stretch& s, int64_t steps)
+      : next_(s.begin), until_(s.begin), step_(s.lines ? ceil_div(s.lines * kLine, steps) : 0) {}
+
+  FASTUNET_INLINE void advance() {
+    until_ += step_;
+    for (; next_ < until_; next_ += kLine) __builtin_prefetch(next_, 0, 2);
+  }
+
+ private:
+  const char *next_, *until_;
+  int64_t step_;  // bytes
+};
 
 // Lines of maps, a share at a time.
 class Prefetch {
@@ -33,21 +53,27 @@ class Prefetch {
     lines_ += (h1 - h0) * ceil_div(bytes, kLine);
   }
 
-  // The next of `parts` equal shares of all lines.
+  // The next of `parts` equal shares of all lines: asks for them,
   void advance(int64_t parts) {
-    int64_t left = ceil_div(lines_, parts);
-    while (left > 0 && region_ < count_) {
+    const Stretch last = next(parts);
+    prefetch(last.begin, last.lines);
+  }
+  // or leaves what is in the last row of pixels to the caller.
+  Stretch next(int64_t parts) {
+    Stretch last;
+    for (int64_t left = ceil_div(lines_, parts); left > 0 && region_ < count_;) {
+      prefetch(last.begin, last.lines);
       const Region& r = regions_[region_];
-      const int64_t end = std::min(line_ + left, r.lines);
-      left -= end - line_;
-      prefetch(r.begin + row_ * r.row_bytes + line_ * kLine, end - line_);
-      line_ = end;
-      if (line_ < r.lines) return;
+      last = {r.begin + row_ * r.row_bytes + line_ * kLine, std::min(left, r.lines - line_)};
+      left -= last.lines;
+      line_ += last.lines;
+      if (line_ < r.lines) break;
       line_ = 0;
       if (++row_ < r.rows) continue;
       row_ = 0;
       ++region_;
     }
+    return last;
   }
 
  private:

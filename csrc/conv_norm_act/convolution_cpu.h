@@ -91,10 +91,10 @@ class Convolution {
         for (int64_t n = 0; n < outputs; n += kBlocks) {
           const int64_t count = std::min<int64_t>(kBlocks, outputs - n);
           for (int j = 0; j < kPatch; ++j) {
-            lines.advance(kPoints * ceil_div(outputs, kBlocks));
             const float* of_point = u + (i * kPatch + j) * u_plane();
             multiply(v.at(j, 0), v.block(), of_point + n * in_.C * kBlock, in_.C, m.at(j, 0),
-                     m.block(), count, tiles, false);
+                     m.block(), count, tiles, false,
+                     lines.next(kPoints * ceil_div(outputs, kBlocks)));
           }
           transform_products<kTile>(m, count, rows.at(i * kTile, n), rows.plane());
         }
@@ -104,11 +104,9 @@ class Convolution {
       const Panels v = left.panels(kPoints, inputs, tiles);
       const Panels m = left.panels(kPoints, outputs, tiles);
       for (int64_t b = 0; b < inputs; ++b) reader_.read(group, b, v, 0, left.rest, grad_z);
-      for (int p = 0; p < kPoints; ++p) {
-        lines.advance(kPoints);
+      for (int p = 0; p < kPoints; ++p)
         multiply(v.at(p, 0), v.block(), u + p * u_plane(), in_.C, m.at(p, 0), m.block(), outputs,
-                 tiles, false);
-      }
+                 tiles, false, lines.next(kPoints));
       output_.write(group, g, 0, outputs, m, 0);
     }
   }
@@ -206,11 +204,13 @@ class Convolution {
       const int64_t count = std::min(depth, in_.C - k);
       for (int64_t b = 0; b < blocks; ++b)
         transform_weight<kTile>(weight_, k, k + count, begin + b, u + b * count * kBlock, u_plane);
-      const int64_t b = k / kBlock, v_floats = blocks_of(count) * v.block();
+      const int64_t b = k / kBlock, v_lines = blocks_of(count) * v.tiles;
       for (int p = 0; p < kPoints; ++p) {
         // The tiles of all channels are in L3, from where they come a point ahead.
+        Stretch next;
+        if (p + 1 < kPoints) next = {reinterpret_cast<const char*>(v.at(p + 1, b)), v_lines};
         multiply(v.at(p, b), v.block(), u + p * u_plane, count, m.at(p, 0), m.block(), blocks,
-                 v.tiles, k > 0, v.at(p + 1, b), p + 1 < kPoints ? v_floats : 0);
+                 v.tiles, k > 0, next);
       }
     }
     for (size_t g = 0; g + 1 < offsets.size(); ++g)

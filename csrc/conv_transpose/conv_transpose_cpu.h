@@ -155,16 +155,15 @@ class ConvTranspose {
             for (int64_t i = 0; i < ib_; ++i)
               correlate_pair(v + i * block, i, d + o * block, block, g.tiles(),
                              sums + share * sum_floats() + (i * ob_ + o) * kPair, index > first,
-                             [&] { lines.advance(turns); });
+                             [&] { return lines.next(turns); });
         }
         if (!dx.dz.data) continue;
         for (int64_t b = 0; b < ib_; b += kBlocks) {
           const int64_t blocks = std::min<int64_t>(kBlocks, ib_ - b);
-          for (int64_t p = 0; p < g.tiles(); p += kPanel) {
-            lines.advance(turns);
+          for (int64_t p = 0; p < g.tiles(); p += kPanel)
             multiply(d + p * kBlock, block, u + b * grad_inputs() * kBlock, grad_inputs(),
-                     m + p * kBlock, block, blocks, std::min(kPanel, g.tiles() - p), false);
-          }
+                     m + p * kBlock, block, blocks, std::min(kPanel, g.tiles() - p), false,
+                     lines.next(turns));
           for (int64_t i = 0; i < blocks; ++i) write_input_grad(g, index, b + i, m + i * block, dx);
         }
       }
@@ -213,7 +212,8 @@ class ConvTranspose {
           if (!dweight) return;
           for (int64_t i = ib_ * part / parts; i < ib_ * (part + 1) / parts; ++i) {
             alignas(64) float sum[kPair];
-            correlate_pair(v + i * block, i, d + o * block, block, pixels, sum, false, [] {});
+            correlate_pair(v + i * block, i, d + o * block, block, pixels, sum, false,
+                           [] { return Stretch{}; });
             write_weight_grad(sum, i, o, dweight, first > 0);
           }
           return;
@@ -266,13 +266,12 @@ class ConvTranspose {
     v += r * g.columns * kBlock;
     for (int64_t p = 0; p < panels; ++p) {
       const int64_t w = g.columns * p / panels, count = g.columns * (p + 1) / panels - w;
-      lines.advance(ob_ * g.rows * panels);
+      Ahead ahead(lines.next(ob_ * g.rows * panels), kWindow / kBlocks * ceil_div(I_, kStep));
       with_rows<kRows>(count, [&](auto rows) {
         for (int t = 0; t < kWindow; t += kBlocks) {
           Sums<rows, kBlocks> sums;
-          Ahead none;
           sums.add_products(v + w * kBlock, block_floats(g.tiles()), u + t * I_ * kBlock,
-                            I_ * kBlock, I_, none);
+                            I_ * kBlock, I_, ahead);
           T* to = y.at(g.n, 2 * (g.h + r) + t / 2, 2 * (g.w + w) + t % 2) + c;
           sums.each([&](int pixel, int tap, int i, vfloat sum) {
             const int lanes = static_cast<int>(std::clamp<int64_t>(O_ - c - i, 0, kLanes));
@@ -317,13 +316,11 @@ class ConvTranspose {
   // v: block i of the inputs, d: a block of the outputs' gradients of the first tap.
   template <class F>
   void correlate_pair(const float* v, int64_t i, const float* d, int64_t block, int64_t pixels,
-                      float* sum, bool add, F before) const {
+                      float* sum, bool add, F ahead) const {
     const int64_t inputs = std::min<int64_t>(kBlock, I_ - i * kBlock);
-    for (int64_t k = 0; k < inputs; k += kGradRows) {
-      before();
+    for (int64_t k = 0; k < inputs; k += kGradRows)
       correlate(v + k, std::min<int64_t>(kGradRows, inputs - k), d, ob_ * block, kWindow, pixels,
-                sum + k * kWindow * kBlock, kWindow * kBlock, add);
-    }
+                sum + k * kWindow * kBlock, kWindow * kBlock, add, ahead());
   }
 
   // What a group reads.
