@@ -22,25 +22,27 @@ struct Weight {
   int64_t split = 0;
 
   int64_t blocks() const { return blocks_of(split) + blocks_of(N - split); }
-  // Of a block, the first output and the one behind the last.
+  // Of a block, the first output, and how many there are up to the source's end.
   std::pair<int64_t, int64_t> outputs_of(int64_t block) const {
     const bool second = block >= blocks_of(split);
     const int64_t first = second ? split + (block - blocks_of(split)) * kBlock : block * kBlock;
-    return {first, std::min(first + kBlock, second ? N : split)};
+    return {first, (second ? N : split) - first};
   }
 };
 
-// taps[t][i] = from[i * stride + t] for `count` channels i of a block.
-FASTUNET_INLINE void gather_taps(const float* from, int64_t stride, int64_t count, float* taps) {
-  if (count >= kBlock) {
-    for (int i = 0; i < kBlock; i += 4, from += 4 * stride) {
-      for (int t = 0; t < 8; t += 4) transpose_4x4(from + t, stride, taps + t * kBlock + i, kBlock);
-      for (int j = 0; j < 4; ++j) taps[8 * kBlock + i + j] = from[j * stride + 8];
-    }
+// The taps of kLanes channels, taps[t][i] = from[i * stride + t]; zero from `count` on.
+FASTUNET_INLINE void gather_taps(const float* from, int64_t stride, int64_t count, vfloat* taps) {
+  if (count >= kLanes) {
+    vfloat last[8];
+    transpose_8(from, stride, taps);
+    transpose_8(from + kTaps - 8, stride, last);
+    taps[8] = last[7];
     return;
   }
-  for (int64_t i = 0; i < std::min<int64_t>(count, kBlock); ++i)
-    for (int t = 0; t < kTaps; ++t) taps[t * kBlock + i] = from[i * stride + t];
+  alignas(vfloat) float lanes[kTaps][kLanes] = {};
+  for (int64_t i = 0; i < count; ++i)
+    for (int t = 0; t < kTaps; ++t) lanes[t][i] = from[i * stride + t];
+  for (int t = 0; t < kTaps; ++t) taps[t] = load(lanes[t]);
 }
 
 // And back: to[i * stride + q] = taps[q][i] for q < row, the taps of all inputs. Four channels at a
@@ -64,20 +66,24 @@ inline void scatter_taps(const float* taps, int64_t row, int64_t stride, int64_t
 template <int kTile>
 void transform_weight(const Weight& w, int64_t begin, int64_t end, int64_t block, float* u,
                       int64_t plane) {
-  const auto [first, last] = w.outputs_of(block);
-  alignas(64) float taps[kTaps * kBlock] = {};
-  for (int64_t k = begin; k < end; ++k, u += kBlock) {
-    gather_taps(w.data + k * w.k_stride + first * w.n_stride, w.n_stride, last - first, taps);
-    for (int c = 0; c < kBlock; c += kLanes)
-      transform_square<WeightTransform<kTile>>(
-          [&](int i, int j) {
-            const int t = i * 3 + j;
-            return load(taps + (w.turned ? kTaps - 1 - t : t) * kBlock + c);
-          },
-          [&](int i, int j, vfloat value) {
-            store(u + (i * patch_of(kTile) + j) * plane + c, value);
-          });
-  }
+  const auto [first, count] = w.outputs_of(block);
+  const auto run = [&](auto turned) {
+    const float* from = w.data + begin * w.k_stride + first * w.n_stride;
+    for (int64_t k = begin; k < end; ++k, from += w.k_stride, u += kBlock)
+      for (int c = 0; c < kBlock; c += kLanes) {
+        vfloat taps[kTaps];
+        gather_taps(from + c * w.n_stride, w.n_stride, count - c, taps);
+        transform_square<WeightTransform<kTile>>(
+            [&](int i, int j) { return taps[turned ? kTaps - 1 - (i * 3 + j) : i * 3 + j]; },
+            [&](int i, int j, vfloat value) {
+              store(u + (i * patch_of(kTile) + j) * plane + c, value);
+            });
+      }
+  };
+  if (w.turned)
+    run(std::true_type{});
+  else
+    run(std::false_type{});
 }
 
 }  // namespace fastunet
