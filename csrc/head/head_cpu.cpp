@@ -1,24 +1,20 @@
 #include "head/head_cpu.h"
 
-#include <utility>
-
 #include "common/binding.h"
 #include "common/parallel.h"
 
 namespace fastunet {
 namespace {
 
-// Calls f(integral_constant<int, K>) for the run-time number of classes.
-template <class F, int... Is>
-void dispatch_classes(int64_t classes, F f, std::integer_sequence<int, Is...>) {
-  ((classes == Is + 1 ? f(std::integral_constant<int, Is + 1>{}) : void()), ...);
-}
-
+// Calls f with the number of classes, rounded up to a power of two, as a compile-time number.
 template <class F>
 void dispatch_classes(int64_t classes, F f) {
   require(classes >= 1 && classes <= kMaxClasses, "this kernel takes 1 to ", kMaxClasses,
           " classes, got ", classes);
-  dispatch_classes(classes, f, std::make_integer_sequence<int, kMaxClasses>{});
+  if (classes == 1) return f(std::integral_constant<int, 1>{});
+  if (classes == 2) return f(std::integral_constant<int, 2>{});
+  if (classes <= 4) return f(std::integral_constant<int, 4>{});
+  f(std::integral_constant<int, kMaxClasses>{});
 }
 
 template <class T>
@@ -40,9 +36,9 @@ void head(Tensor out, const Tensor y, const MaybeTensor center, const MaybeTenso
     const A* w = rows<const A>(weight, K * s.y.C, "weight");
     const A* b = rows<const A>(bias, K, "bias");
     const Logits<T> to = logits_view<T>(out, s.y, K);
-    dispatch_classes(K, [&](auto classes) {
+    dispatch_classes(K, [&](auto most) {
       parallel_tasks(s.y.N * s.y.H, [&](int64_t row) {
-        head_row<classes>(s, w, b, to, row / s.y.H, row % s.y.H);
+        head_row<most>(s, w, b, static_cast<int>(K), to, row / s.y.H, row % s.y.H);
       });
     });
   });
@@ -72,10 +68,11 @@ void head_bwd(MaybeTensor dy, MaybeTensor dscale, MaybeTensor dshift, Tensor dwe
     const Chunks chunks(s.y.N, s.y.H, s.y.W, 1024);
     const int64_t stride = (2 + K) * C + K;
     std::vector<A> partials(chunks.count() * stride);
-    dispatch_classes(K, [&](auto classes) {
+    dispatch_classes(K, [&](auto most) {
       parallel_tasks(chunks.count(), [&](int64_t k) {
         for (int64_t h = chunks.begin(k); h < chunks.end(k); ++h)
-          head_bwd_row<classes>(s, w, from, to, chunks.sample(k), h, partials.data() + k * stride);
+          head_bwd_row<most>(s, w, static_cast<int>(K), from, to, chunks.sample(k), h,
+                             partials.data() + k * stride);
       });
     });
     const A* sums = partials.data();

@@ -31,38 +31,43 @@ FASTUNET_INLINE void store_one(T& to, acc_t<T> value) {
   store(&to, splat(value), 1);
 }
 
-// P pixels, y the first one's channels: to[k][at + p], the products with weight, [K, C].
-template <int K, int P, class T>
-FASTUNET_INLINE void head_pixels(const Source<T>& s, const acc_t<T>* weight, int64_t n, const T* y,
-                                 acc_t<T> (*to)[kLanes], int at) {
+// K: as many classes as there are, or more: kernels are compiled for powers of two.
+
+// The products of pixels [first, first + 4) with weight, [classes, C], to to[k][pixel]; y: the
+// channels of pixel 0. The last pixel and class take the places of those that are not there.
+template <int K, class T>
+FASTUNET_INLINE void head_pixels(const Source<T>& s, const acc_t<T>* weight, int classes, int64_t n,
+                                 const T* y, int first, int count, acc_t<T> (*to)[kLanes]) {
   using A = acc_t<T>;
-  vec<A> sum[K][P] = {};
+  const T* pixels[4];
+  for (int p = 0; p < 4; ++p) pixels[p] = y + std::min(first + p, count - 1) * s.y.sw;
+  const A* row[K];
+  for (int k = 0; k < K; ++k) row[k] = weight + std::min(k, classes - 1) * s.y.C;
+  vec<A> sum[K][4] = {};
   for_tiles(1, s.y.C, [&](int64_t, int64_t, int64_t c, auto lanes) {
     const Channels<A> channel(s, n, c, lanes);
 #pragma GCC unroll 4
-    for (int p = 0; p < P; ++p) {
-      const vec<A> z = channel(load(y + p * s.y.sw + c, lanes));
+    for (int p = 0; p < 4; ++p) {
+      const vec<A> z = channel(load(pixels[p] + c, lanes));
 #pragma GCC unroll 8
-      for (int k = 0; k < K; ++k) sum[k][p] += z * load(weight + k * s.y.C + c, lanes);
+      for (int k = 0; k < K; ++k) sum[k][p] += z * load(row[k] + c, lanes);
     }
   });
   for (int k = 0; k < K; ++k)
-    for (int p = 0; p < P; ++p) to[k][at + p] = sum_lanes<A>(sum[k][p]);
+    for (int p = 0; p < 4; ++p) to[k][first + p] = sum_lanes<A>(sum[k][p]);
 }
 
-// Row h of sample n. weight: [K, C], bias: [K] or null.
+// Row h of sample n. weight: [classes, C], bias: [classes] or null.
 template <int K, class T>
-void head_row(const Source<T>& s, const acc_t<T>* weight, const acc_t<T>* bias, Logits<T> out,
-              int64_t n, int64_t h) {
+void head_row(const Source<T>& s, const acc_t<T>* weight, const acc_t<T>* bias, int classes,
+              Logits<T> out, int64_t n, int64_t h) {
   using A = acc_t<T>;
   for (int64_t w = 0; w < s.y.W; w += kLanes) {
     const int count = static_cast<int>(std::min<int64_t>(kLanes, s.y.W - w));
     const T* y = s.y.at(n, h, w);
     A values[K][kLanes] = {};
-    int p = 0;
-    for (; p + 4 <= count; p += 4) head_pixels<K, 4>(s, weight, n, y + p * s.y.sw, values, p);
-    for (; p < count; ++p) head_pixels<K, 1>(s, weight, n, y + p * s.y.sw, values, p);
-    for (int k = 0; k < K; ++k) {
+    for (int p = 0; p < count; p += 4) head_pixels<K>(s, weight, classes, n, y, p, count, values);
+    for (int k = 0; k < classes; ++k) {
       T* to = &out.at(n, k, h, w);
       const vec<A> logits = load(values[k]) + splat(bias ? bias[k] : A(0));
       if (out.sw == 1)
@@ -73,24 +78,25 @@ void head_row(const Source<T>& s, const acc_t<T>* weight, const acc_t<T>* bias, 
   }
 }
 
-// Row h of sample n: writes dy and adds to sums, [2 + K, C] (dscale, dshift, dweight) then [K]
-// (dbias). A null dy.data skips what only the source's gradient needs.
+// Row h of sample n: writes dy and adds to sums, [2 + classes, C] (dscale, dshift, dweight) then
+// [classes] (dbias). A null dy.data skips what only the source's gradient needs.
 template <int K, class T>
-void head_bwd_row(const Source<T>& s, const acc_t<T>* weight, Logits<const T> dlogits, Map<T> dy,
-                  int64_t n, int64_t h, acc_t<T>* sums) {
+void head_bwd_row(const Source<T>& s, const acc_t<T>* weight, int classes, Logits<const T> dlogits,
+                  Map<T> dy, int64_t n, int64_t h, acc_t<T>* sums) {
   using A = acc_t<T>;
   using V = vec<A>;
   const int64_t C = s.y.C, W = s.y.W;
   A* dweight = sums + 2 * C;
-  A* dbias = dweight + K * C;
+  A* dbias = dweight + classes * C;
   std::vector<A> grads(W * K);
   for (int64_t w = 0; w < W; ++w)
-    for (int k = 0; k < K; ++k) dbias[k] += grads[w * K + k] = load_one(dlogits.at(n, k, h, w));
+    for (int k = 0; k < classes; ++k)
+      dbias[k] += grads[w * K + k] = load_one(dlogits.at(n, k, h, w));
   const T* y = s.y.at(n, h);
   for_tiles(W, C, [&](int64_t p, int64_t end, int64_t c, auto lanes) {
     const Channels<A> channel(s, n, c, lanes);
-    V column[K], dcolumn[K] = {}, dscale{}, dshift{};
-    for (int k = 0; k < K; ++k) column[k] = load(weight + k * C + c, lanes);
+    V column[K] = {}, dcolumn[K] = {}, dscale{}, dshift{};
+    for (int k = 0; k < classes; ++k) column[k] = load(weight + k * C + c, lanes);
     for (; p < end; ++p) {
       const A* grad = grads.data() + p * K;
       const V value = load(y + p * s.y.sw + c, lanes), t = channel.preact(value);
@@ -109,7 +115,7 @@ void head_bwd_row(const Source<T>& s, const acc_t<T>* weight, Logits<const T> dl
     const auto add = [&](A* to, V sum) { store(to + c, load(to + c, lanes) + sum, lanes); };
     add(sums, dscale);
     add(sums + C, dshift);
-    for (int k = 0; k < K; ++k) add(dweight + k * C, dcolumn[k]);
+    for (int k = 0; k < classes; ++k) add(dweight + k * C, dcolumn[k]);
   });
 }
 
