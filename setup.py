@@ -63,21 +63,21 @@ def cuda_macros():
 
 
 def cpu_extensions():
-    flags = [*CXX_FLAGS, "-O3", "-ffp-contract=fast", "-fno-math-errno"]
-    builds = {"default": []}
+    flags = [*CXX_FLAGS, "-ffp-contract=fast", "-fno-math-errno"]
+    builds = {"default": ["-O3"]}
     if platform.machine().lower() in ("x86_64", "amd64"):
         builds["default"] = ["-O2"]  # few processors need it: compiled in half the time
-        builds["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
+        builds["avx2"] = ["-O3", "-mavx2", "-mfma", "-mf16c"]
         builds["avx512"] = [*builds["avx2"], "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
         # GCC 12 warns of its own headers (bug 105593).
         builds["avx512"] += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
-    link = []
+    checks = []
     if os.environ.get("FASTUNET_SANITIZE") == "1":
-        link = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-        flags += ["-O1", "-g1", "-fno-omit-frame-pointer", *link]
+        checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+        checks += ["-O1", "-g1", "-fno-omit-frame-pointer"]
     return [
-        extension(f"cpu_{name}", sources(".cpp"), flags + isa, extra_link_args=link)
-        for name, isa in builds.items()
+        extension(f"cpu_{name}", sources(".cpp"), flags + own + checks, extra_link_args=checks)
+        for name, own in builds.items()
         if name in os.environ.get("FASTUNET_BUILDS", name).split()
     ]
 
