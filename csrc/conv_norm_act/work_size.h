@@ -48,7 +48,7 @@ inline constexpr int64_t kSumBytes = 8 << 20, kShareTiles = 64, kMostShares = 16
 inline constexpr int64_t kGroupShareTiles = 128, kLeastShares = 8;
 // transformed weights that groups may stream from L3, and of tiles of 4 where L2 has 2 MB, as on
 // Intel's servers (Emerald Rapids), whose L3 is slow;
-inline constexpr int64_t kWeightBytes = 12 << 20, kFewerWeightBytes = (9 << 20) / 2;
+inline constexpr int64_t kWeightBytes = 12 << 20, kFewerWeightBytes = 4 << 20;
 // tiles in a group from which the weight's gradient, which adds up between groups, works by group.
 inline constexpr int64_t kGradTiles = 20;
 // tiles in a group from which both gradients share what they read.
