@@ -82,17 +82,19 @@ struct Sums {
   // u_block apart.
   FASTUNET_INLINE void add_products(const float* v, int64_t v_block, const float* u,
                                     int64_t u_block, int64_t K, Ahead& ahead) {
+    Ahead lines = ahead;  // in registers
     for (Values x = values_at(v); K > 0; K -= kBlock, x = x + v_block, u += kBlock * kBlock) {
       const int64_t count = K < kBlock ? K : kBlock;
       int64_t k = 0;
       for (; k + kStep <= count; k += kStep) {
-        ahead.advance();
+        lines.advance();
 #pragma GCC unroll 4
         for (int i = 0; i < kStep; ++i)
           add_product(x + (k + i), kBlock, u + (k + i) * kBlock, u_block);
       }
       for (; k < count; ++k) add_product(x + k, kBlock, u + k * kBlock, u_block);
     }
+    ahead = lines;
   }
 
   FASTUNET_INLINE void load_from(const float* from, int64_t row, int64_t block) {
