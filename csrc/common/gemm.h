@@ -92,6 +92,7 @@ struct Sums {
         for (int i = 0; i < kStep; ++i)
           add_product(x + (k + i), kBlock, u + (k + i) * kBlock, u_block);
       }
+      if (k < count) lines.advance();
       for (; k < count; ++k) add_product(x + k, kBlock, u + k * kBlock, u_block);
     }
     ahead = lines;
@@ -170,6 +171,7 @@ void correlate_blocks(const float* v, int64_t inputs, const float* d, int64_t d_
       for (int j = 0; j < kStep; ++j)
         sums.add_product(x + (t + j) * kBlock, 1, d + (t + j) * kBlock, d_block);
     }
+    if (t < tiles) ahead.advance();
     for (; t < tiles; ++t) sums.add_product(x + t * kBlock, 1, d + t * kBlock, d_block);
     sums.store_to(du + i * du_row, du_row, kBlock);
   }
@@ -178,7 +180,7 @@ void correlate_blocks(const float* v, int64_t inputs, const float* d, int64_t d_
 inline void correlate(const float* v, int64_t inputs, const float* d, int64_t d_block,
                       int64_t blocks, int64_t tiles, float* du, int64_t du_row, bool add,
                       const Stretch& ahead = {}) {
-  const int64_t steps = std::max<int64_t>(1, tiles / kStep);
+  const int64_t steps = std::max<int64_t>(1, ceil_div(tiles, kStep));
   Ahead lines(ahead, ceil_div(blocks, kBlocks) * ceil_div(inputs, kGradRows) * steps);
   int64_t n = 0;
   for (; n + kBlocks <= blocks; n += kBlocks)
