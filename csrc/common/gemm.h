@@ -28,6 +28,20 @@ inline int64_t blocks_of(int64_t channels) { return ceil_div(channels, kBlock); 
 
 inline constexpr int kStep = 4;  // inputs (tiles) that products take at a time
 
+// f(k) for k in [0, count), a step at a time, with each of which more of `ahead` is asked for. f
+// must be inlined, or its sums are in memory.
+template <class F>
+FASTUNET_INLINE void in_steps(int64_t count, Ahead& ahead, F f) {
+  int64_t k = 0;
+  for (; k + kStep <= count; k += kStep) {
+    ahead.advance();
+#pragma GCC unroll 4
+    for (int i = 0; i < kStep; ++i) f(k + i);
+  }
+  if (k < count) ahead.advance();
+  for (; k < count; ++k) f(k);
+}
+
 // Values that products read: twice the same pointer, which the compiler takes for two.
 struct Values {
   const float *at, *again;
@@ -83,18 +97,10 @@ struct Sums {
   FASTUNET_INLINE void add_products(const float* v, int64_t v_block, const float* u,
                                     int64_t u_block, int64_t K, Ahead& ahead) {
     Ahead lines = ahead;  // in registers
-    for (Values x = values_at(v); K > 0; K -= kBlock, x = x + v_block, u += kBlock * kBlock) {
-      const int64_t count = K < kBlock ? K : kBlock;
-      int64_t k = 0;
-      for (; k + kStep <= count; k += kStep) {
-        lines.advance();
-#pragma GCC unroll 4
-        for (int i = 0; i < kStep; ++i)
-          add_product(x + (k + i), kBlock, u + (k + i) * kBlock, u_block);
-      }
-      if (k < count) lines.advance();
-      for (; k < count; ++k) add_product(x + k, kBlock, u + k * kBlock, u_block);
-    }
+    for (Values x = values_at(v); K > 0; K -= kBlock, x = x + v_block, u += kBlock * kBlock)
+      in_steps(K < kBlock ? K : kBlock, lines, [&](int64_t k) __attribute__((always_inline)) {
+        add_product(x + k, kBlock, u + k * kBlock, u_block);
+      });
     ahead = lines;
   }
 
@@ -164,15 +170,9 @@ void correlate_blocks(const float* v, int64_t inputs, const float* d, int64_t d_
     Sums<kGradRows, B> sums;
     if (add) sums.load_from(du + i * du_row, du_row, kBlock);
     const Values x = values_at(v + i);
-    int64_t t = 0;
-    for (; t + kStep <= tiles; t += kStep) {
-      ahead.advance();
-#pragma GCC unroll 4
-      for (int j = 0; j < kStep; ++j)
-        sums.add_product(x + (t + j) * kBlock, 1, d + (t + j) * kBlock, d_block);
-    }
-    if (t < tiles) ahead.advance();
-    for (; t < tiles; ++t) sums.add_product(x + t * kBlock, 1, d + t * kBlock, d_block);
+    in_steps(tiles, ahead, [&](int64_t t) __attribute__((always_inline)) {
+      sums.add_product(x + t * kBlock, 1, d + t * kBlock, d_block);
+    });
     sums.store_to(du + i * du_row, du_row, kBlock);
   }
 }
@@ -180,8 +180,8 @@ void correlate_blocks(const float* v, int64_t inputs, const float* d, int64_t d_
 inline void correlate(const float* v, int64_t inputs, const float* d, int64_t d_block,
                       int64_t blocks, int64_t tiles, float* du, int64_t du_row, bool add,
                       const Stretch& ahead = {}) {
-  const int64_t steps = std::max<int64_t>(1, ceil_div(tiles, kStep));
-  Ahead lines(ahead, ceil_div(blocks, kBlocks) * ceil_div(inputs, kGradRows) * steps);
+  Ahead lines(ahead,
+              ceil_div(blocks, kBlocks) * ceil_div(inputs, kGradRows) * ceil_div(tiles, kStep));
   int64_t n = 0;
   for (; n + kBlocks <= blocks; n += kBlocks)
     correlate_blocks<kBlocks>(v, inputs, d + n * d_block, d_block, tiles, du + n * kBlock, du_row,

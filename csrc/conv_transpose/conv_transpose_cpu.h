@@ -155,7 +155,7 @@ class ConvTranspose {
             for (int64_t i = 0; i < ib_; ++i)
               correlate_pair(v + i * block, i, d + o * block, block, g.tiles(),
                              sums + share * sum_floats() + (i * ob_ + o) * kPair, index > first,
-                             [&] { return lines.next(turns); });
+                             lines, turns);
         }
         if (!dx.dz.data) continue;
         for (int64_t b = 0; b < ib_; b += kBlocks) {
@@ -212,8 +212,8 @@ class ConvTranspose {
           if (!dweight) return;
           for (int64_t i = ib_ * part / parts; i < ib_ * (part + 1) / parts; ++i) {
             alignas(64) float sum[kPair];
-            correlate_pair(v + i * block, i, d + o * block, block, pixels, sum, false,
-                           [] { return Stretch{}; });
+            Prefetch none;
+            correlate_pair(v + i * block, i, d + o * block, block, pixels, sum, false, none, 1);
             write_weight_grad(sum, i, o, dweight, first > 0);
           }
           return;
@@ -313,14 +313,14 @@ class ConvTranspose {
     }
   }
 
-  // v: block i of the inputs, d: a block of the outputs' gradients of the first tap.
-  template <class F>
+  // v: block i of the inputs, d: a block of the outputs' gradients of the first tap. Each product
+  // asks for one of `parts` shares of `lines`.
   void correlate_pair(const float* v, int64_t i, const float* d, int64_t block, int64_t pixels,
-                      float* sum, bool add, F ahead) const {
+                      float* sum, bool add, Prefetch& lines, int64_t parts) const {
     const int64_t inputs = std::min<int64_t>(kBlock, I_ - i * kBlock);
     for (int64_t k = 0; k < inputs; k += kGradRows)
       correlate(v + k, std::min<int64_t>(kGradRows, inputs - k), d, ob_ * block, kWindow, pixels,
-                sum + k * kWindow * kBlock, kWindow * kBlock, add, ahead());
+                sum + k * kWindow * kBlock, kWindow * kBlock, add, lines.next(parts));
   }
 
   // What a group reads.

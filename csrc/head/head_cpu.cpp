@@ -38,7 +38,7 @@ void head(Tensor out, const Tensor y, const MaybeTensor center, const MaybeTenso
     const Logits<T> to = logits_view<T>(out, s.y, K);
     dispatch_classes(K, [&](auto most) {
       parallel_tasks(s.y.N * s.y.H, [&](int64_t row) {
-        head_row<most>(s, w, b, static_cast<int>(K), to, row / s.y.H, row % s.y.H);
+        head_row<most>(s, w, b, K, to, row / s.y.H, row % s.y.H);
       });
     });
   });
@@ -71,8 +71,7 @@ void head_bwd(MaybeTensor dy, MaybeTensor dscale, MaybeTensor dshift, Tensor dwe
     dispatch_classes(K, [&](auto most) {
       parallel_tasks(chunks.count(), [&](int64_t k) {
         for (int64_t h = chunks.begin(k); h < chunks.end(k); ++h)
-          head_bwd_row<most>(s, w, static_cast<int>(K), from, to, chunks.sample(k), h,
-                             partials.data() + k * stride);
+          head_bwd_row<most>(s, w, K, from, to, chunks.sample(k), h, partials.data() + k * stride);
       });
     });
     const A* sums = partials.data();

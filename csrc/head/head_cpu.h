@@ -10,6 +10,7 @@
 namespace fastunet {
 
 inline constexpr int kMaxClasses = 8;
+inline constexpr int kPixels = 4;  // at a time, forward
 
 // Logits [N, K, H, W] with any strides.
 template <class T>
@@ -33,40 +34,42 @@ FASTUNET_INLINE void store_one(T& to, acc_t<T> value) {
 
 // K: as many classes as there are, or more: kernels are compiled for powers of two.
 
-// The products of pixels [first, first + 4) with weight, [classes, C], to to[k][pixel]; y: the
-// channels of pixel 0. The last pixel and class take the places of those that are not there.
+// The products of pixels [first, first + kPixels) with weight, [classes, C], to to[k][pixel]; y:
+// the channels of pixel 0. The last pixel and class take the places of those that are not there.
 template <int K, class T>
-FASTUNET_INLINE void head_pixels(const Source<T>& s, const acc_t<T>* weight, int classes, int64_t n,
-                                 const T* y, int first, int count, acc_t<T> (*to)[kLanes]) {
+FASTUNET_INLINE void head_pixels(const Source<T>& s, const acc_t<T>* weight, int64_t classes,
+                                 int64_t n, const T* y, int first, int count,
+                                 acc_t<T> (*to)[kLanes]) {
   using A = acc_t<T>;
-  const T* pixels[4];
-  for (int p = 0; p < 4; ++p) pixels[p] = y + std::min(first + p, count - 1) * s.y.sw;
+  const T* pixels[kPixels];
+  for (int p = 0; p < kPixels; ++p) pixels[p] = y + std::min(first + p, count - 1) * s.y.sw;
   const A* row[K];
-  for (int k = 0; k < K; ++k) row[k] = weight + std::min(k, classes - 1) * s.y.C;
-  vec<A> sum[K][4] = {};
+  for (int k = 0; k < K; ++k) row[k] = weight + std::min<int64_t>(k, classes - 1) * s.y.C;
+  vec<A> sum[K][kPixels] = {};
   for_tiles(1, s.y.C, [&](int64_t, int64_t, int64_t c, auto lanes) {
     const Channels<A> channel(s, n, c, lanes);
 #pragma GCC unroll 4
-    for (int p = 0; p < 4; ++p) {
+    for (int p = 0; p < kPixels; ++p) {
       const vec<A> z = channel(load(pixels[p] + c, lanes));
 #pragma GCC unroll 8
       for (int k = 0; k < K; ++k) sum[k][p] += z * load(row[k] + c, lanes);
     }
   });
   for (int k = 0; k < K; ++k)
-    for (int p = 0; p < 4; ++p) to[k][first + p] = sum_lanes<A>(sum[k][p]);
+    for (int p = 0; p < kPixels; ++p) to[k][first + p] = sum_lanes<A>(sum[k][p]);
 }
 
 // Row h of sample n. weight: [classes, C], bias: [classes] or null.
 template <int K, class T>
-void head_row(const Source<T>& s, const acc_t<T>* weight, const acc_t<T>* bias, int classes,
+void head_row(const Source<T>& s, const acc_t<T>* weight, const acc_t<T>* bias, int64_t classes,
               Logits<T> out, int64_t n, int64_t h) {
   using A = acc_t<T>;
   for (int64_t w = 0; w < s.y.W; w += kLanes) {
     const int count = static_cast<int>(std::min<int64_t>(kLanes, s.y.W - w));
     const T* y = s.y.at(n, h, w);
     A values[K][kLanes] = {};
-    for (int p = 0; p < count; p += 4) head_pixels<K>(s, weight, classes, n, y, p, count, values);
+    for (int p = 0; p < count; p += kPixels)
+      head_pixels<K>(s, weight, classes, n, y, p, count, values);
     for (int k = 0; k < classes; ++k) {
       T* to = &out.at(n, k, h, w);
       const vec<A> logits = load(values[k]) + splat(bias ? bias[k] : A(0));
@@ -81,8 +84,8 @@ void head_row(const Source<T>& s, const acc_t<T>* weight, const acc_t<T>* bias, 
 // Row h of sample n: writes dy and adds to sums, [2 + classes, C] (dscale, dshift, dweight) then
 // [classes] (dbias). A null dy.data skips what only the source's gradient needs.
 template <int K, class T>
-void head_bwd_row(const Source<T>& s, const acc_t<T>* weight, int classes, Logits<const T> dlogits,
-                  Map<T> dy, int64_t n, int64_t h, acc_t<T>* sums) {
+void head_bwd_row(const Source<T>& s, const acc_t<T>* weight, int64_t classes,
+                  Logits<const T> dlogits, Map<T> dy, int64_t n, int64_t h, acc_t<T>* sums) {
   using A = acc_t<T>;
   using V = vec<A>;
   const int64_t C = s.y.C, W = s.y.W;
