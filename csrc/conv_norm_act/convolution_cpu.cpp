@@ -30,10 +30,8 @@ void convolve(const Input<T>& in, const Weight& weight, const Map<T>& to, ChunkM
   };
   // In training rounding decides over masks and pooling winners: the smaller error there. Where a
   // skip connection comes in as well, little of the network is left to go wrong from it.
-  if (done || in.sources.size() == 2)
-    with_tile(to.H, to.W, run);
-  else
-    run(std::integral_constant<int, 4>{});
+  const bool large = (done || in.sources.size() == 2) && few_weights(in.C * to.C);
+  with_tile(to.H, to.W, large, run);
 }
 
 // Where the norm has no statistics.
@@ -146,7 +144,7 @@ class SourceBwd {
 template <class T>
 void source_grads(const Input<T>& x, const Input<T>& grad, const Weight& weight, float* dweight,
                   std::vector<SourceBwd<T>>& of) {
-  with_tile(x.H, x.W, [&](auto tile) {
+  with_tile(x.H, x.W, true, [&](auto tile) {
     SourceGrads<T, tile> output;
     for (SourceBwd<T>& source : of) output.parts.push_back(source.template part<tile>());
     convolution_bwd<tile>(x, grad, weight, dweight, output);
@@ -211,7 +209,7 @@ void conv_norm_act_bwd(MaybeTensor dweight, MaybeTensor dgamma, MaybeTensor dbet
                       false);
     }
     if (of.empty()) {
-      if (to) with_tile(x.H, x.W, [&](auto tile) { WeightGrad<tile, T>(x, grad, to).run(); });
+      if (to) with_tile(x.H, x.W, true, [&](auto tile) { WeightGrad<tile, T>(x, grad, to).run(); });
       return;
     }
     Weight turned = weight_view(weight, true);

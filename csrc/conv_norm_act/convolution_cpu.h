@@ -36,11 +36,12 @@ class Convolution {
     // What is read from L3 serves all rows of registers.
     const bool weights_in_l2 = weight_bytes() <= l2_bytes() / 2;
     const int64_t least = weights_in_l2 ? kLeastRows : std::max<int64_t>(kRows, kLeastRows);
-    int64_t target = l2_bytes() * 3 / 5 / bytes_of_tile();
+    int64_t target = std::min(l2_bytes() * 3 / 5, kGroupBytes) / bytes_of_tile();
     if (kByRows)
       target = std::min(target, l1_bytes() / (kPatch * (inputs() + kBlocks) * kBlock * 4));
     target = std::max(target, least);
-    if (worth_groups(target)) return by_group(Tiling(in_.N, in_.H, in_.W, kTile, target));
+    if (worth_groups(target)) 
+      return by_group(Tiling::for_products(in_.N, in_.H, in_.W, kTile, target));
     // Small groups, a row of tiles where that is not too little: ranges are of whole groups.
     const int64_t across = ceil_div(in_.W, kTile), of_map = across * ceil_div(in_.H, kTile);
     const int64_t few = of_map <= 2 * kRows ? of_map : std::clamp<int64_t>(across, 8, 2 * kRows);
@@ -236,14 +237,14 @@ void convolution_bwd(const Input<T>& x, const Input<T>& dy, const Weight& weight
   const int64_t tile_bytes = of_input.bytes_of_tile() + x_reader.bytes_of_tile();
   // To read the maps only once is worth more than to have everything in L2: the weight's products
   // may come from L3, if each time serves enough tiles.
-  const int64_t target =
-      std::max(l2_bytes() * 3 / 5 / tile_bytes, std::min(kGradTiles, l2_bytes() / tile_bytes));
+  const int64_t target = std::max(l2_bytes() * 3 / 5 / tile_bytes,
+                                  std::min(kSharedTarget, l2_bytes() * 5 / 4 / tile_bytes));
   if (target < kSharedTiles || of_weight.products_bytes() > l2_bytes() * 6 / 5 ||
       !of_input.worth_groups(target)) {
     of_weight.run();
     return of_input.run();
   }
-  const Tiling tiling(dy.N, dy.H, dy.W, kTile, target);
+  const Tiling tiling = Tiling::for_products(dy.N, dy.H, dy.W, kTile, target);
   output.prepare(tiling);
   const int64_t shares = of_weight.shares(tiling);
   float* u = shared_workspace().get(of_input.weight_floats() + shares * of_weight.sum_floats());

@@ -20,15 +20,39 @@ struct Tiling {
   int64_t rows, columns;              // tiles per group
   int64_t group_rows, group_columns;  // groups per sample
 
+  // Groups of at most rows x columns tiles, equally large but for the last.
+  Tiling(int64_t N, int64_t H, int64_t W, int64_t tile, int64_t rows, int64_t columns)
+      : N(N), H(H), W(W), tile(tile) {
+    const int64_t down = ceil_div(H, tile), across = ceil_div(W, tile);
+    group_rows = ceil_div(down, rows), group_columns = ceil_div(across, columns);
+    this->rows = ceil_div(down, group_rows), this->columns = ceil_div(across, group_columns);
+  }
+
   // Groups of about `target` tiles, rows of tiles before columns.
   Tiling(int64_t N, int64_t H, int64_t W, int64_t tile, int64_t target)
-      : N(N), H(H), W(W), tile(tile) {
-    const int64_t across = ceil_div(W, tile), down = ceil_div(H, tile);
-    group_columns = ceil_div(across, target);
-    columns = ceil_div(across, group_columns);
-    rows = std::max<int64_t>(1, std::min(down, target / columns));
-    group_rows = ceil_div(down, rows);
-    rows = ceil_div(down, group_rows);
+      : Tiling(N, H, W, tile, 1, target) {
+    *this = Tiling(N, H, W, tile, std::max<int64_t>(1, target / columns), target);
+  }
+
+  // The same for products that take kRows tiles at a time: 15 would make them read all weights
+  // twice, with half of the work for each, where 11 do once. `halo`: what a pixel beside a group
+  // costs, of a pixel within.
+  static Tiling for_products(int64_t N, int64_t H, int64_t W, int64_t tile, int64_t target) {
+    constexpr int64_t kMostRows = 4, kMostSplits = 4;
+    constexpr double kHaloCost = 8;
+    Tiling best(N, H, W, tile, target);
+    double least = 0;
+    for (int64_t rows = 1; rows <= std::min(target, kMostRows); ++rows) {
+      const int64_t fewest = ceil_div(ceil_div(W, tile), target / rows);
+      for (int64_t across = fewest; across < fewest + kMostSplits; ++across) {
+        const Tiling t(N, H, W, tile, rows, ceil_div(ceil_div(W, tile), across));
+        const double tiles = static_cast<double>(t.max_tiles());
+        const double cost = ceil_div(t.max_tiles(), kRows) * kRows / tiles +
+                            kHaloCost / static_cast<double>(t.columns * tile);
+        if (least == 0 || cost < least) least = cost, best = t;
+      }
+    }
+    return best;
   }
 
   struct Group {

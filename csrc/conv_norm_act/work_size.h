@@ -31,6 +31,8 @@ inline int64_t l2_bytes() { return cache_bytes<kL2Name>(256 << 10, 2 << 20, 512 
 // Measured on Zen 4 and 5 with 1 MB of L2 per core and 32 MB of L3, see docs/performance-log.md:
 // pixels of a map from which tiles of 6 are faster;
 inline constexpr int64_t kLargeMap = 96 * 96;
+// bytes of their weights from which tiles of 4 are faster forward where L2 has 2 MB;
+inline constexpr int64_t kLargeTileBytes = 1 << 20;
 // tiles in a group whose weights stay in L2;
 inline constexpr int64_t kLeastRows = 8;
 // tiles in a range: of so many, two blocks of outputs stay in L2;
@@ -51,8 +53,10 @@ inline constexpr int64_t kGroupShareTiles = 128, kLeastShares = 8;
 inline constexpr int64_t kWeightBytes = 12 << 20, kFewerWeightBytes = 4 << 20;
 // tiles in a group from which the weight's gradient, which adds up between groups, works by group.
 inline constexpr int64_t kGradTiles = 20;
-// tiles in a group from which both gradients share what they read.
-inline constexpr int64_t kSharedTiles = 10;
+// tiles in a group from which both gradients share what they read, and so many at least if they fit;
+inline constexpr int64_t kSharedTiles = 12, kSharedTarget = 24;
+// what is in L2 for a group, on Emerald Rapids (forward).
+inline constexpr int64_t kGroupBytes = 400 << 10;
 
 template <int kTile>
 int64_t streamed_bytes() {
@@ -66,19 +70,25 @@ inline int64_t shares_of(int64_t groups, int64_t units, int64_t worth) {
   return std::min(groups, std::clamp(wanted, kLeastShares, kMostShares));
 }
 
-// Calls f with the side of the tiles for maps of H x W, a compile-time number: 6 on large maps
-// where that saves a tenth of the products, not much of it being lost in tiles that reach beyond
-// the map; elsewhere 4, whose rounding errors are a quarter, and in builds for any x86-64, which
-// are slow anyway, and compile in half the time so.
+// Whether tiles of 6 may be faster than tiles of 4 forward: not where their weights, 64 for each of
+// `pairs` of channels, come from an L3 that is slow.
+inline bool few_weights(int64_t pairs) {
+  return l2_bytes() < 2 << 20 || pairs * points_of(6) * 4 < kLargeTileBytes;
+}
+
+// Calls f with the side of the tiles for maps of H x W, a compile-time number: 6, if they may be
+// large, on large maps where that saves a tenth of the products, not much of it being lost in tiles
+// that reach beyond the map; elsewhere 4, whose rounding errors are a quarter, and in builds for any
+// x86-64, which are slow anyway, and compile in half the time so.
 template <class F>
-void with_tile(int64_t H, int64_t W, F f) {
+void with_tile(int64_t H, int64_t W, bool large, F f) {
 #if defined(__x86_64__) && !defined(__AVX2__)
   return f(std::integral_constant<int, 4>{});
 #else
   const auto products = [&](int64_t tile) {
     return ceil_div(H, tile) * ceil_div(W, tile) * points_of(tile);
   };
-  if (H * W >= kLargeMap && products(6) * 10 <= products(4) * 9)
+  if (large && H * W >= kLargeMap && products(6) * 10 <= products(4) * 9)
     f(std::integral_constant<int, 6>{});
   else
     f(std::integral_constant<int, 4>{});
