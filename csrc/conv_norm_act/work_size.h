@@ -40,7 +40,7 @@ inline constexpr int64_t kMostRange = 128;
 // for each block of inputs, cycles to transform a tile, or the weights of a block of outputs;
 inline constexpr double kTileCycles = 600, kWeightCycles = 130 * 16;
 // transformed tiles that a thread holds at a time;
-inline constexpr int64_t kBatchBytes = 8 << 20;
+inline constexpr int64_t kBatchBytes = 10 << 20;
 // the same of both operands of the weight's gradient, which needs no weights again for each batch;
 inline constexpr int64_t kGradBatchBytes = 4 << 20;
 // sums of shares of the weight's gradient, tiles that are worth a share, and the most shares;
