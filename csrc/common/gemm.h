@@ -131,35 +131,33 @@ FASTUNET_INLINE void with_rows(int64_t rows, F f) {
   }(std::make_integer_sequence<int, kMost>{});
 }
 
-// Blocks [n, n + B) of u and m, all tiles of v. u: [blocks][K][16] of one point.
+// B blocks of u and m, all tiles of v.
 template <int B>
-void multiply_blocks(const float* v, int64_t v_block, const float* u, int64_t K, float* m,
-                     int64_t m_block, int64_t tiles, bool add, Ahead& ahead) {
+void multiply_blocks(const float* v, int64_t v_block, const float* u, int64_t u_block, int64_t K,
+                     float* m, int64_t m_block, int64_t tiles, bool add, Ahead& ahead) {
   constexpr int kMost = kRows * kBlocks / B;
   const int64_t panels = ceil_div(tiles, kMost);
   for (int64_t p = 0; p < panels; ++p) {
     const int64_t t = tiles * p / panels, rows = tiles * (p + 1) / panels - t;
+    ahead.start_panel();
     with_rows<kMost>(rows, [&](auto R) {
-      multiply_tile<R, B>(v + t * kBlock, v_block, u, K * kBlock, K, m + t * kBlock, m_block, add,
+      multiply_tile<R, B>(v + t * kBlock, v_block, u, u_block, K, m + t * kBlock, m_block, add,
                           ahead);
     });
   }
 }
 
-// All blocks of u and m. `ahead` is asked for on the way.
-inline void multiply(const float* v, int64_t v_block, const float* u, int64_t K, float* m,
-                     int64_t m_block, int64_t blocks, int64_t tiles, bool add,
-                     const Stretch& ahead = {}) {
+// Up to kBlocks blocks of u, each [K][16], and of m. `ahead`, then `more`, is asked for on the way.
+inline void multiply(const float* v, int64_t v_block, const float* u, int64_t u_block, int64_t K,
+                     float* m, int64_t m_block, int64_t blocks, int64_t tiles, bool add,
+                     const Stretch& ahead = {}, const Stretch& more = {}) {
   if (tiles == 0) return;
-  Ahead lines(ahead, ceil_div(blocks, kBlocks) * ceil_div(tiles, kRows) * ceil_div(K, kStep));
-  int64_t n = 0;
-  for (; n + kBlocks <= blocks; n += kBlocks)
-    multiply_blocks<kBlocks>(v, v_block, u + n * K * kBlock, K, m + n * m_block, m_block, tiles,
-                             add, lines);
+  const int64_t most = kRows * kBlocks / blocks;
+  Ahead lines(ahead, more, ceil_div(tiles, most), ceil_div(K, kStep));
+  if (blocks == kBlocks)
+    return multiply_blocks<kBlocks>(v, v_block, u, u_block, K, m, m_block, tiles, add, lines);
   if constexpr (kBlocks > 1)
-    if (n < blocks)
-      multiply_blocks<1>(v, v_block, u + n * K * kBlock, K, m + n * m_block, m_block, tiles, add,
-                         lines);
+    multiply_blocks<1>(v, v_block, u, u_block, K, m, m_block, tiles, add, lines);
 }
 
 // `inputs` of one block (or some more) by B blocks of outputs; du: [16 inputs][du_row].
@@ -180,8 +178,8 @@ void correlate_blocks(const float* v, int64_t inputs, const float* d, int64_t d_
 inline void correlate(const float* v, int64_t inputs, const float* d, int64_t d_block,
                       int64_t blocks, int64_t tiles, float* du, int64_t du_row, bool add,
                       const Stretch& ahead = {}) {
-  Ahead lines(ahead,
-              ceil_div(blocks, kBlocks) * ceil_div(inputs, kGradRows) * ceil_div(tiles, kStep));
+  Ahead lines(ahead, {}, ceil_div(blocks, kBlocks) * ceil_div(inputs, kGradRows),
+              ceil_div(tiles, kStep));
   int64_t n = 0;
   for (; n + kBlocks <= blocks; n += kBlocks)
     correlate_blocks<kBlocks>(v, inputs, d + n * d_block, d_block, tiles, du + n * kBlock, du_row,

@@ -15,27 +15,55 @@ inline void prefetch(const char* begin, int64_t lines) {
   for (int64_t i = 0; i < lines; ++i) __builtin_prefetch(begin + i * kLine, 0, 2);
 }
 
-// Lines that follow one another.
+// Lines that follow one another; or twice as many, the others `twin` bytes further on.
 struct Stretch {
   const char* begin = nullptr;
-  int64_t lines = 0;
+  int64_t lines = 0, twin = 0;
 };
 
-// The same, asked for in equal shares by the steps of products: a few at a time, as fill buffers
-// that are full hold up the loads of the products as well.
+// The same, or one stretch after another, asked for in equal shares by the steps of products: a few
+// lines at a time, as fill buffers that are full hold up the loads of the products as well. Always
+// two of them, of both halves.
 class Ahead {
  public:
-  Ahead(const Stretch& s, int64_t steps)
-      : next_(s.begin), until_(s.begin), step_(s.lines ? ceil_div(s.lines * kLine, steps) : 0) {}
+  // For so many panels of so many steps.
+  Ahead(const Stretch& first, const Stretch& then, int64_t panels, int64_t steps)
+      : then_(in_halves(then)) {
+    const Stretch now = in_halves(first);
+    const int64_t lines = now.lines + then_.lines;
+    first_ = then_.lines ? (panels * now.lines + lines / 2) / lines : panels;
+    then_step_ = step(then_, (panels - first_) * steps);
+    start(now, step(now, first_ * steps));
+  }
 
+  // Before each panel.
+  void start_panel() {
+    if (first_-- == 0) start(then_, then_step_);
+  }
   FASTUNET_INLINE void advance() {
     until_ += step_;
-    for (; next_ < until_; next_ += kLine) __builtin_prefetch(next_, 0, 2);
+    for (; next_ < until_; next_ += kLine) {
+      __builtin_prefetch(next_, 0, 2);
+      __builtin_prefetch(next_ + twin_, 0, 2);
+    }
   }
 
  private:
+  static Stretch in_halves(const Stretch& s) {
+    const int64_t half = ceil_div(s.lines, 2);
+    return s.twin ? s : Stretch{s.begin, half, half * kLine};
+  }
+  static int64_t step(const Stretch& s, int64_t steps) {
+    return steps > 0 ? ceil_div(s.lines * kLine, steps) : 0;
+  }
+  void start(const Stretch& s, int64_t step) {
+    next_ = until_ = s.begin, twin_ = s.twin, step_ = step;
+  }
+
   const char *next_, *until_;
-  int64_t step_;  // bytes
+  int64_t twin_, step_;  // bytes
+  Stretch then_;
+  int64_t first_, then_step_;  // panels that are left for the first stretch
 };
 
 // Lines of maps, a share at a time.

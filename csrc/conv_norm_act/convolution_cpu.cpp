@@ -1,5 +1,6 @@
 #include "conv_norm_act/convolution_cpu.h"
 
+#include "maps/empty.h"
 #include "resample/arguments.h"
 
 namespace fastunet {
@@ -18,20 +19,28 @@ Weight weight_view(const Tensor& weight, bool turned) {
   return {from, I, O, kTaps, row, false};
 }
 
+// In training rounding decides over masks and pooling winners: the smaller error there. Where a skip
+// connection comes in as well, little of the network is left to go wrong from it.
+template <class F>
+void with_tile_forward(const Weight& weight, int64_t H, int64_t W, bool exact, F f) {
+  with_tile(H, W, !exact && few_weights(weight.K * weight.N), f);
+}
+
 template <class T>
 void convolve(const Input<T>& in, const Weight& weight, const Map<T>& to, ChunkMoments<T>* moments,
-              const Source<T>* done = nullptr) {
+              const Source<T>* done = nullptr, const MaybeTensor& packed = {}) {
   require(in.C == weight.K && to.C == weight.N, "weight must be [", to.C, ", ", in.C,
           ", 3, 3], got ", weight.N, " output and ", weight.K, " input channels");
   if (to.N * to.H * to.W == 0) return;
   const auto run = [&](auto tile) {
     const RawOutput<T, tile> output{to, moments, done};
-    Convolution<tile, T, RawOutput<T, tile>>(in, weight, output).run();
+    const int64_t floats = PackedWeight<tile, float>::floats(weight.K, weight.blocks());
+    require(!packed || packed->numel() == floats, "packed must be what pack_weight makes of the ",
+            "weight for this map, got ", packed ? packed->numel() : 0, " values");
+    const float* u = packed ? data<const float>(*packed, "packed") : nullptr;
+    Convolution<tile, T, RawOutput<T, tile>>(in, weight, output, u).run();
   };
-  // In training rounding decides over masks and pooling winners: the smaller error there. Where a
-  // skip connection comes in as well, little of the network is left to go wrong from it.
-  const bool large = (done || in.sources.size() == 2) && few_weights(in.C * to.C);
-  with_tile(to.H, to.W, large, run);
+  with_tile_forward(weight, to.H, to.W, !done && in.sources.size() < 2, run);
 }
 
 // Where the norm has no statistics.
@@ -73,8 +82,8 @@ void conv_norm_act(Tensor out, FASTUNET_SOURCE_PARAMETERS, const Tensor weight, 
 
 // For inference: the output with its normalisation, none or frozen, and activation done.
 void conv_norm_act_folded(Tensor out, FASTUNET_SOURCE_PARAMETERS, const Tensor weight,
-                          std::string norm, const MaybeTensor bias, const MaybeTensor gamma,
-                          const MaybeTensor beta, const MaybeTensor mean,
+                          const MaybeTensor packed, std::string norm, const MaybeTensor bias,
+                          const MaybeTensor gamma, const MaybeTensor beta, const MaybeTensor mean,
                           const MaybeTensor variance, double eps, double slope) {
   dispatch_fp32_arithmetic(out.scalar_type(), [&](auto t) {
     using T = decltype(t);
@@ -89,8 +98,22 @@ void conv_norm_act_folded(Tensor out, FASTUNET_SOURCE_PARAMETERS, const Tensor w
                   mean, variance, eps, {vector(0), vector(1), vector(2), vector(3)});
     const Source<T> done{to.read_only(), vector(0), vector(1),
                          vector(2),      0,         static_cast<float>(slope)};
-    convolve<T>(in, w, to, nullptr, &done);
+    convolve<T>(in, w, to, nullptr, &done, packed);
   });
+}
+
+// The weight as conv_norm_act_folded reads it for maps of height x width.
+Tensor pack_weight(const Tensor weight, int64_t height, int64_t width) {
+  const Weight w = weight_view(weight, false);
+  Tensor made;
+  with_tile_forward(w, height, width, false, [&](auto tile) {
+    const std::array<int64_t, 1> size{PackedWeight<tile, float>::floats(w.K, w.blocks())};
+    made = empty_kept(size, std::array<int64_t, 1>{1}, ScalarType::Float, size[0] * 4);
+    float* to = data<float>(made, "packed");
+    prefer_huge_pages(to, size[0] * 4);
+    transform_whole<tile>(w, {to, w.K, w.blocks()});
+  });
+  return made;
 }
 
 struct SourceGradTensors {
@@ -233,8 +256,9 @@ FASTUNET_KERNEL(conv_norm_act,
                 "Tensor(b!) center, Tensor(c!) scale, Tensor(d!) shift, Tensor(e!) var) -> ()")
 FASTUNET_KERNEL(conv_norm_act_folded,
                 "conv_norm_act_folded(Tensor(a!) out, " FASTUNET_SOURCES
-                ", Tensor weight, str norm, Tensor? bias, Tensor? gamma, Tensor? beta, "
-                "Tensor? running_mean, Tensor? running_var, float eps, float slope) -> ()")
+                ", Tensor weight, Tensor? packed, str norm, Tensor? bias, Tensor? gamma, "
+                "Tensor? beta, Tensor? running_mean, Tensor? running_var, float eps, "
+                "float slope) -> ()")
 FASTUNET_KERNEL(conv_norm_act_bwd,
                 "conv_norm_act_bwd(Tensor(a!)? dweight, Tensor(b!)? dgamma, Tensor(c!)? dbeta, "
                 "Tensor(d!)? dy0, Tensor(e!)? dscale0, Tensor(f!)? dshift0, Tensor(g!)? dz0, "
@@ -242,5 +266,12 @@ FASTUNET_KERNEL(conv_norm_act_bwd,
                 "Tensor dy, Tensor? dscale, Tensor? dshift, " FASTUNET_SOURCES
                 ", Tensor weight, str norm, int groups, float eps, Tensor? y, Tensor center, "
                 "Tensor scale, Tensor var, bool add) -> ()")
+
+STABLE_TORCH_LIBRARY_FRAGMENT(FASTUNET_LIBRARY, m) {
+  m.def("pack_weight(Tensor weight, int height, int width) -> Tensor");
+}
+STABLE_TORCH_LIBRARY_IMPL(FASTUNET_LIBRARY, CPU, m) {
+  m.impl("pack_weight", TORCH_BOX(&pack_weight));
+}
 
 }  // namespace fastunet

@@ -29,8 +29,10 @@ class Convolution {
   static constexpr bool kByRows = kTile > 4;
 
  public:
-  Convolution(const Input<T>& in, const Weight& weight, const Output& output)
-      : in_(in), weight_(weight), output_(output), reader_(in) {}
+  // packed: the weight, transformed, if somebody has that.
+  Convolution(const Input<T>& in, const Weight& weight, const Output& output,
+              const float* packed = nullptr)
+      : in_(in), weight_(weight), output_(output), packed_(packed), reader_(in) {}
 
   void run() const {
     // What is read from L3 serves all rows of registers.
@@ -60,11 +62,9 @@ class Convolution {
   }
 
   // The steps of by_group: the transformed weights, then group by group.
-  int64_t weight_floats() const { return kPoints * u_plane(); }
+  int64_t weight_floats() const { return PackedWeight<kTile, float>::floats(in_.C, outputs()); }
   void transform_weights(float* u) const {
-    parallel_tasks(outputs(), [&](int64_t b) {
-      transform_weight<kTile>(weight_, 0, in_.C, b, u + b * in_.C * kBlock, u_plane());
-    });
+    transform_whole<kTile>(weight_, {u, in_.C, outputs()});
   }
   int64_t scratch_floats(const Tiling& tiling) const {
     const int64_t tiles = tiling.max_tiles();
@@ -76,10 +76,11 @@ class Convolution {
            reader_.scratch_floats(tiling);
   }
   // grad_z: if given, the input's columns for the weight's gradient.
-  void convolve_group(const Tiling& tiling, int64_t g, const float* u, float* scratch,
+  void convolve_group(const Tiling& tiling, int64_t g, const float* weights, float* scratch,
                       Prefetch& lines, float* grad_z = nullptr) const {
     const Tiling::Group group = tiling.group(g);
     const int64_t inputs = this->inputs(), outputs = this->outputs(), tiles = group.tiles();
+    const auto u = packed(weights);
     Scratch left{scratch};
     if constexpr (kByRows) {
       float* z = left.take(reader_.columns_floats(tiling));
@@ -91,12 +92,10 @@ class Convolution {
         reader_.read_row(group, i, z, v);
         for (int64_t n = 0; n < outputs; n += kBlocks) {
           const int64_t count = std::min<int64_t>(kBlocks, outputs - n);
-          for (int j = 0; j < kPatch; ++j) {
-            const float* of_point = u + (i * kPatch + j) * u_plane();
-            multiply(v.at(j, 0), v.block(), of_point + n * in_.C * kBlock, in_.C, m.at(j, 0),
-                     m.block(), count, tiles, false,
+          for (int j = 0; j < kPatch; ++j)
+            multiply(v.at(j, 0), v.block(), u.at(i * kPatch + j, n), u.block(), in_.C,
+                     m.at(j, 0), m.block(), count, tiles, false,
                      lines.next(kPoints * ceil_div(outputs, kBlocks)));
-          }
           transform_products<kTile>(m, count, rows.at(i * kTile, n), rows.plane());
         }
       }
@@ -106,8 +105,10 @@ class Convolution {
       const Panels m = left.panels(kPoints, outputs, tiles);
       for (int64_t b = 0; b < inputs; ++b) reader_.read(group, b, v, 0, left.rest, grad_z);
       for (int p = 0; p < kPoints; ++p)
-        multiply(v.at(p, 0), v.block(), u + p * u_plane(), in_.C, m.at(p, 0), m.block(), outputs,
-                 tiles, false, lines.next(kPoints));
+        for (int64_t n = 0; n < outputs; n += kBlocks)
+          multiply(v.at(p, 0), v.block(), u.at(p, n), u.block(), in_.C, m.at(p, n), m.block(),
+                   std::min<int64_t>(kBlocks, outputs - n), tiles, false,
+                   lines.next(kPoints * ceil_div(outputs, kBlocks)));
       output_.write(group, g, 0, outputs, m, 0);
     }
   }
@@ -119,12 +120,18 @@ class Convolution {
   int64_t inputs() const { return blocks_of(in_.C); }
   int64_t outputs() const { return weight_.blocks(); }
   int64_t weight_bytes() const { return kPoints * inputs() * outputs() * kBlock * kBlock * 4; }
-  int64_t u_plane() const { return outputs() * in_.C * kBlock + kBlock; }
+  PackedWeight<kTile, const float> packed(const float* data) const {
+    return {data, in_.C, outputs()};
+  }
 
   void by_group(const Tiling& tiling) const {
     output_.prepare(tiling);
-    float* u = shared_workspace().get(weight_floats());
-    transform_weights(u);
+    const float* u = packed_;
+    if (!u) {
+      float* made = shared_workspace().get(weight_floats());
+      transform_weights(made);
+      u = made;
+    }
     parallel_tasks(tiling.count(), [&](int64_t g) {
       Prefetch lines;
       output_.prefetch_read(tiling.group(g), lines);
@@ -183,7 +190,7 @@ class Convolution {
     });
   }
 
-  // Inputs whose transformed weights are in L2 at a time.
+  // Inputs whose transformed weights are in L2 at a time, and those of a point in L1.
   int64_t depth() const {
     const int64_t at_once =
         l2_bytes() * 3 / 10 / (kPoints * kBlocks * kBlock * kBlock * 4) * kBlock;
@@ -191,27 +198,37 @@ class Convolution {
   }
   int64_t outputs_floats(int64_t tiles) const {
     return Panels::floats(kPoints, kBlocks, tiles) +
-           kPoints * (kBlocks * depth() * kBlock + kBlock);
+           (packed_ ? 0 : PackedWeight<kTile, float>::floats(depth(), kBlocks));
   }
 
   // Blocks [begin, end) of outputs of a range of groups from `first` on.
   void outputs_of(const Tiling& tiling, const Panels& v, const std::vector<int64_t>& offsets,
                   int64_t first, int64_t begin, int64_t end, float* scratch) const {
     const int64_t blocks = end - begin, depth = this->depth();
-    const int64_t u_plane = blocks * depth * kBlock + kBlock;
     const Panels m{scratch, blocks, v.tiles};
-    float* u = scratch + Panels::floats(kPoints, blocks, v.tiles);
+    float* const made = scratch + Panels::floats(kPoints, blocks, v.tiles);
     for (int64_t k = 0; k < in_.C; k += depth) {
-      const int64_t count = std::min(depth, in_.C - k);
-      for (int64_t b = 0; b < blocks; ++b)
-        transform_weight<kTile>(weight_, k, k + count, begin + b, u + b * count * kBlock, u_plane);
-      const int64_t b = k / kBlock, v_lines = blocks_of(count) * v.tiles;
+      const int64_t count = std::min(depth, in_.C - k), b = k / kBlock;
+      if (!packed_)
+        for (int64_t n = 0; n < blocks; ++n)
+          transform_block<kTile>(weight_, k, begin, n, {made, count, blocks});
+      const auto u = [&](int p) -> const float* {
+        return packed_ ? packed(packed_).at(p, begin) + k * kBlock
+                       : PackedWeight<kTile, float>{made, count, blocks}.at(p, 0);
+      };
+      const int64_t u_block = (packed_ ? in_.C : count) * kBlock;
       for (int p = 0; p < kPoints; ++p) {
-        // The tiles of all channels are in L3, from where they come a point ahead.
-        Stretch next;
-        if (p + 1 < kPoints) next = {reinterpret_cast<const char*>(v.at(p + 1, b)), v_lines};
-        multiply(v.at(p, b), v.block(), u + p * u_plane, count, m.at(p, 0), m.block(), blocks,
-                 v.tiles, k > 0, next);
+        // The tiles of all channels are in L3, and a packed weight is in memory, from where they
+        // come a point ahead.
+        Stretch tiles, weights;
+        if (p + 1 < kPoints) {
+          tiles = {reinterpret_cast<const char*>(v.at(p + 1, b)), blocks_of(count) * v.tiles};
+          if (packed_)
+            weights = {reinterpret_cast<const char*>(u(p + 1)), count,
+                       blocks > 1 ? u_block * int64_t{sizeof(float)} : 0};
+        }
+        multiply(v.at(p, b), v.block(), u(p), u_block, count, m.at(p, 0), m.block(), blocks,
+                 v.tiles, k > 0, tiles, weights);
       }
     }
     for (size_t g = 0; g + 1 < offsets.size(); ++g)
@@ -221,6 +238,7 @@ class Convolution {
   const Input<T>& in_;
   const Weight& weight_;
   const Output& output_;
+  const float* packed_;
   Reader<InputTransform<kTile>, T, GradTransform<kTile>> reader_;
 };
 

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "common/gemm.h"
+#include "common/parallel.h"
 #include "common/transpose.h"
 #include "conv_norm_act/winograd.h"
 
@@ -84,6 +85,45 @@ void transform_weight(const Weight& w, int64_t begin, int64_t end, int64_t block
     run(std::true_type{});
   else
     run(std::false_type{});
+}
+
+// A weight in Winograd's domain: for kBlocks blocks of outputs (fewer at last) after another,
+// [points][blocks][K][16], with a line behind each point, as in Panels.
+template <int kTile, class F>
+struct PackedWeight {
+  F* data;
+  int64_t K, blocks;
+
+  static int64_t floats(int64_t K, int64_t blocks) {
+    return ceil_div(blocks, kBlocks) * floats_before(K);
+  }
+  // Of the blocks from n on, a multiple of kBlocks.
+  F* at(int64_t point, int64_t n) const {
+    return data + n / kBlocks * floats_before(K) + point * plane(n);
+  }
+  int64_t plane(int64_t n) const {
+    return std::min<int64_t>(kBlocks, blocks - n) * block() + kBlock;
+  }
+  int64_t block() const { return K * kBlock; }
+
+ private:
+  static int64_t floats_before(int64_t K) {
+    return points_of(kTile) * (kBlocks * K * kBlock + kBlock);
+  }
+};
+
+// Block b of all of it, from inputs [begin, begin + K) of w and its block `first + b`.
+template <int kTile>
+void transform_block(const Weight& w, int64_t begin, int64_t first, int64_t b,
+                     const PackedWeight<kTile, float>& to) {
+  const int64_t n = b / kBlocks * kBlocks;
+  transform_weight<kTile>(w, begin, begin + to.K, first + b, to.at(0, n) + (b - n) * to.block(),
+                          to.plane(n));
+}
+
+template <int kTile>
+void transform_whole(const Weight& w, const PackedWeight<kTile, float>& to) {
+  parallel_tasks(to.blocks, [&](int64_t b) { transform_block<kTile>(w, 0, 0, b, to); });
 }
 
 }  // namespace fastunet

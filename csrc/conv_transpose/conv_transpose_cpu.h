@@ -161,8 +161,8 @@ class ConvTranspose {
         for (int64_t b = 0; b < ib_; b += kBlocks) {
           const int64_t blocks = std::min<int64_t>(kBlocks, ib_ - b);
           for (int64_t p = 0; p < g.tiles(); p += kPanel)
-            multiply(d + p * kBlock, block, u + b * grad_inputs() * kBlock, grad_inputs(),
-                     m + p * kBlock, block, blocks, std::min(kPanel, g.tiles() - p), false,
+            multiply(d + p * kBlock, block, u + b * grad_inputs() * kBlock,
+                     grad_inputs() * kBlock, grad_inputs(), m + p * kBlock, block, blocks, std::min(kPanel, g.tiles() - p), false,
                      lines.next(turns));
           for (int64_t i = 0; i < blocks; ++i) write_input_grad(g, index, b + i, m + i * block, dx);
         }
@@ -223,7 +223,7 @@ class ConvTranspose {
         float* u = thread_workspace().get(kBlocks * (K * kBlock + block));
         float* m = u + kBlocks * K * kBlock;
         for (int64_t i = 0; i < count; ++i) pack_inputs(b + i, u + i * K * kBlock);
-        multiply(d, block, u, K, m, block, count, pixels, false);
+        multiply(d, block, u, K * kBlock, K, m, block, count, pixels, false);
         for (int64_t g = first; g < last; ++g)
           for (int64_t i = 0; i < count; ++i)
             write_input_grad(tiling.group(g), g, b + i, m + i * block + offsets[g - first] * kBlock,
@@ -266,7 +266,7 @@ class ConvTranspose {
     v += r * g.columns * kBlock;
     for (int64_t p = 0; p < panels; ++p) {
       const int64_t w = g.columns * p / panels, count = g.columns * (p + 1) / panels - w;
-      Ahead ahead(lines.next(ob_ * g.rows * panels), kWindow / kBlocks * ceil_div(I_, kStep));
+      Ahead ahead(lines.next(ob_ * g.rows * panels), {}, kWindow / kBlocks, ceil_div(I_, kStep));
       with_rows<kRows>(count, [&](auto rows) {
         for (int t = 0; t < kWindow; t += kBlocks) {
           Sums<rows, kBlocks> sums;

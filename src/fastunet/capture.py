@@ -1,11 +1,11 @@
 """Inference as a recording: on GPUs a CUDA graph, on CPUs a program of kernel calls.
 
-Nothing of Python is left between kernels, nor any choice or check of the model's. On GPUs weights
-are packed and norms folded once.
+Nothing of Python is left between kernels, nor any choice or check of the model's. Weights are
+packed once; on GPUs norms are folded once, too.
 """
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from . import backends
 from .prepared import keeping
 from .program import Layout
 from .recording import Recording, in_layout
+from .recording import recording as recording_is
 
 # What does it, and whether what was recorded is still right.
 Replay = tuple[Callable[[Tensor], Tensor], Callable[[], bool]]
@@ -25,10 +26,10 @@ class Captured:
     """A model's inference at one input size, as ``capture`` returns it.
 
     Call it with a tensor like the example, from one thread at a time; it returns the logits, in
-    memory of their own. It runs on the backend that was asked for when it was made. On a GPU it
-    records again where a parameter or buffer has changed since, which it sees by PyTorch's version
-    counters; a change through ``.data`` has none: call ``refresh()`` after it. On a CPU it reads
-    them as they are, and records again where a module has changed.
+    memory of their own. It runs on the backend that was asked for when it was made. It records
+    again where a parameter (on a GPU, or a buffer) has changed since, which it sees by PyTorch's
+    version counters; a change through ``.data`` has none: call ``refresh()`` after it. On a CPU
+    also where a module has changed.
     """
 
     def __init__(self, model: nn.Module, example: Tensor) -> None:
@@ -60,9 +61,13 @@ class Captured:
             yield
 
     def program(self) -> Replay:
-        recording = Recording(self.model, self.input)
+        with recording_is(False):
+            self.model(self.input)  # prepares what the program is given
+        recording = Recording(self.model, self.input, self.kept.values())
         recording.infer(self.model, recording.given(self.input))
         layout = Layout.of(self.input)
+        weights = [p for p in self.model.parameters() if p.dim() == 4 and not p.is_inference()]
+        state = versions(weights)
 
         def replay(x: Tensor) -> Tensor:
             if recording.why_not:  # something else than kernels is called
@@ -70,7 +75,7 @@ class Captured:
                     return self.model(x)
             return recording.infer(self.model, recording.given(in_layout(x, layout)))
 
-        return replay, lambda: recording.holds(self.input)
+        return replay, lambda: recording.holds(self.input) and versions(weights) == state
 
     def graph(self) -> Replay:
         graph = torch.cuda.CUDAGraph()
@@ -89,12 +94,11 @@ class Captured:
             graph.replay()
             return output.clone()
 
-        state = self.versions()
-        return replay, lambda: self.versions() == state
+        def now() -> list[tuple[int, int]]:
+            return versions((*self.model.parameters(), *self.model.buffers()))
 
-    def versions(self) -> list[tuple[int, int]]:
-        tensors = (*self.model.parameters(), *self.model.buffers())
-        return [(t.data_ptr(), t._version) for t in tensors]
+        state = now()
+        return replay, lambda: now() == state
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
@@ -109,12 +113,17 @@ class Captured:
         return self.replay(x)
 
 
+def versions(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
+    return [(t.data_ptr(), t._version) for t in tensors]
+
+
 def capture(model: nn.Module, example: Tensor) -> Captured:
     """Records the model's inference, for inputs like ``example``.
 
     On a GPU as a CUDA graph: weights are packed and norms folded once, not at each call. On a CPU
-    as a program of the kernel calls that it comes down to; where it calls anything else, it runs as
-    always. Under the caller's autocast. Forward hooks may run while recording only.
+    as a program of the kernel calls that it comes down to, with the 3x3 weights transformed once,
+    which takes four times their memory (seven times for few channels and large maps); where the
+    model calls anything else, it runs as always. Under the caller's autocast. Forward hooks may run while recording only.
 
     Args:
         model: in evaluation mode; not moved or converted afterwards.

@@ -30,6 +30,11 @@ def keeping(kept: dict[Hashable, Any] | None) -> Iterator[None]:
         _state.kept = before
 
 
+def is_keeping() -> bool:
+    """Whether what this thread prepares is kept."""
+    return _state.kept is not None
+
+
 def prepared(key: Hashable, make: Callable[[], T]) -> T:
     """What ``make`` returns; key: names it and the tensors it is made of, which must stay alive."""
     kept = _state.kept

@@ -9,7 +9,7 @@ import contextlib
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -148,11 +148,12 @@ def is_observed() -> bool:
 class Recording:
     """The passes of a model with inputs of one kind, as programs once they are there.
 
-    given: the input, then all parameters and buffers. By their numbers:
+    given: the input, all parameters and buffers, then what was ``prepared`` of them. By their numbers:
     trained: what has a gradient. written: what a forward pass changes. read: what backward reads.
     """
 
-    def __init__(self, model: nn.Module, x: Tensor) -> None:
+    def __init__(self, model: nn.Module, x: Tensor, prepared: Iterable[Tensor] = ()) -> None:
+        self.prepared = list(prepared)
         modules = [module.__dict__ for module in model.modules()]
         self.modules = [(now, snapshot(now)) for now in modules]
         self.tensors = [m[name] for m in modules for name in ("_parameters", "_buffers")]
@@ -169,7 +170,7 @@ class Recording:
 
     def given(self, x: Tensor) -> list[Tensor]:
         found = (t for tensors in self.tensors for t in tensors.values() if t is not None)
-        return [x, *found]
+        return [x, *found, *self.prepared]
 
     def holds(self, x: Tensor) -> bool:
         """Whether all modules are as they were."""

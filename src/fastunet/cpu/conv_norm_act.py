@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastunet.activation import Activation
 from fastunet.compiled import NO_GRADS, Grads, empty_grads, empty_map_grad, flat
 from fastunet.composed import as_dtype
 from fastunet.extension import kernels
 from fastunet.maps import empty_map, empty_parameter_grad
+from fastunet.prepared import is_keeping, prepared
 
 if TYPE_CHECKING:
     from fastunet.composed import Norm, SourceGrads
@@ -71,12 +72,21 @@ def conv_norm_act_folded(
         z,
         *flatten(sources),
         as_kernel_weight(weight),
+        packed(weight, sources[0].size),
         norm.kind,
         *vectors(bias, norm),
         norm.eps,
         slope,
     )
     return z
+
+
+def packed(weight: Tensor, size: tuple[int, int]) -> Tensor | None:
+    """A parameter in Winograd's domain, for maps of this size; None where nobody keeps it."""
+    if not is_keeping() or not isinstance(weight, nn.Parameter) or weight.is_inference():
+        return None
+    key = ("winograd", weight.data_ptr(), weight.shape, weight.stride(), weight.dtype, size)
+    return prepared(key, lambda: kernels().pack_weight(as_kernel_weight(weight), *size))
 
 
 def vectors(bias: Tensor | None, norm: "Norm") -> list[Tensor | None]:
