@@ -3,6 +3,7 @@
 import pytest
 import torch
 from networks import pair, random
+from torch import nn
 
 import fastunet
 from fastunet.unet import DoubleConv
@@ -62,6 +63,40 @@ def test_follows_the_parameters():
         model.inc.double_conv[1].running_var.add_(0.5)
         assert torch.equal(recording(x), model(x))
         model.load_state_dict({k: v * 0.9 for k, v in model.state_dict().items()})
+        assert torch.equal(recording(x), model(x))
+
+
+def test_keeps_transformed_weights():
+    """Which it makes again when it is told, where a weight has changed without a trace."""
+    x = random(1, 3, 32, 32)
+    model, recording = captured(x)
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    assert len(recording.kept) == sum(m.kernel_size == (3, 3) for m in convolutions) > 0
+    before = recording(x)
+    with torch.no_grad():
+        model.inc.double_conv[0].weight.data.mul_(1.5)
+        assert torch.equal(recording(x), before)
+        recording.refresh()
+        assert torch.equal(recording(x), model(x))
+        model.inc.double_conv[0].weight.data = torch.randn(model.inc.double_conv[0].weight.shape)
+        assert torch.equal(recording(x), model(x))
+    with torch.inference_mode():  # these have no versions, and are read as they are
+        _, model = pair()
+        recording = fastunet.capture(model.eval(), x)
+        assert torch.equal(recording(x), model(x))
+        model.inc.double_conv[0].weight.mul_(1.5)
+        assert torch.equal(recording(x), model(x))
+
+
+def test_weights_that_are_made_each_time():
+    x = random(1, 3, 32, 32)
+    _, model = pair()
+    for block in (model.inc, model.down1.maxpool_conv[1]):
+        nn.utils.parametrizations.weight_norm(block.double_conv[0])
+    recording = fastunet.capture(model.eval(), x)
+    with torch.no_grad():
+        assert torch.equal(recording(x), model(x))
+        model.inc.double_conv[0].parametrizations.weight.original0.mul_(2)
         assert torch.equal(recording(x), model(x))
 
 

@@ -11,11 +11,21 @@ from checks import FP32_BUDGET, assert_identical, check_dtype, evaluate, oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Conv, ConvTranspose, Source
-from test_conv_norm_act import ALL, MANY, cases, conv
+from test_conv_norm_act import ALL, MANY, cases, channels_last, conv
+from torch import nn
 from torch.profiler import profile
 
-from fastunet.activation import BILINEAR, BILINEAR_ALIGN_CORNERS, MAX_POOL, NEAREST, NONE
+from fastunet import ops
+from fastunet.activation import (
+    BILINEAR,
+    BILINEAR_ALIGN_CORNERS,
+    MAX_POOL,
+    NEAREST,
+    NONE,
+    Activation,
+)
 from fastunet.extension import kernels
+from fastunet.prepared import keeping
 
 # Without activation behind them: among so many values rounding would flip a mask somewhere.
 LARGE = {
@@ -177,6 +187,44 @@ def large_cases(draw):
 @settings(MANY, max_examples=8)
 def test_any_large(build, threads, case):
     check(case, threads)
+
+
+# inputs, outputs and size: in tiles of 4 by group and by range, of 6 by group and by range
+PACKED = [(3, 17, (40, 44)), (64, 48, (128, 122)), (150, 70, (21, 18)), (600, 33, (14, 15))]
+PACKED += [(20, 40, (191, 203)), (1100, 17, (96, 101))]
+
+
+@pytest.mark.parametrize("inputs,outputs,size", PACKED)
+def test_packed_weight(build, inputs, outputs, size):
+    """Where somebody keeps the weight in Winograd's domain, bit for bit the same."""
+    x = Activation.of(channels_last(torch.randn(2, inputs, *size)))
+    weight = nn.Parameter(torch.randn(outputs, inputs, 3, 3))
+    kept = {}
+    with torch.no_grad():
+        want = ops.conv_norm_act(x, weight).output.y
+        for _ in range(2):
+            with keeping(kept):
+                assert torch.equal(ops.conv_norm_act(x, weight).output.y, want)
+            assert len(kept) == 1
+        weight.zero_()  # it is no longer read
+        with keeping(kept):
+            assert torch.equal(ops.conv_norm_act(x, weight).output.y, want)
+        with keeping({key: packed[:-1] for key, packed in kept.items()}):
+            with pytest.raises(RuntimeError, match="packed must be what pack_weight makes of"):
+                ops.conv_norm_act(x, weight)
+
+
+def test_packs_parameters_alone(compiled):
+    """What else there is for a weight may lie elsewhere, or be another, the next time."""
+    x = Activation.of(channels_last(torch.randn(1, 4, 9, 9)))
+    weight = nn.Parameter(torch.randn(6, 4, 3, 3))
+    with torch.inference_mode():
+        unversioned = nn.Parameter(torch.randn(6, 4, 3, 3))
+    kept = {}
+    with torch.no_grad(), keeping(kept):
+        for other in (weight * 2, weight[:3], unversioned):
+            ops.conv_norm_act(x, other)
+    assert not kept
 
 
 CONVOLUTIONS = {"aten::convolution", "aten::convolution_backward"}
