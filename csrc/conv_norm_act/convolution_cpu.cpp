@@ -19,8 +19,8 @@ Weight weight_view(const Tensor& weight, bool turned) {
   return {from, I, O, kTaps, row, false};
 }
 
-// In training rounding decides over masks and pooling winners: the smaller error there. Where a skip
-// connection comes in as well, little of the network is left to go wrong from it.
+// In training rounding decides over masks and pooling winners: the smaller error there. Where a
+// skip connection comes in as well, little of the network is left to go wrong from it.
 template <class F>
 void with_tile_forward(const Weight& weight, int64_t H, int64_t W, bool exact, F f) {
   with_tile(H, W, !exact && few_weights(weight.K * weight.N), f);

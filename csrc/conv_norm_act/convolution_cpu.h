@@ -42,7 +42,7 @@ class Convolution {
     if (kByRows)
       target = std::min(target, l1_bytes() / (kPatch * (inputs() + kBlocks) * kBlock * 4));
     target = std::max(target, least);
-    if (worth_groups(target)) 
+    if (worth_groups(target))
       return by_group(Tiling::for_products(in_.N, in_.H, in_.W, kTile, target));
     // Small groups, a row of tiles where that is not too little: ranges are of whole groups.
     const int64_t across = ceil_div(in_.W, kTile), of_map = across * ceil_div(in_.H, kTile);
@@ -63,9 +63,7 @@ class Convolution {
 
   // The steps of by_group: the transformed weights, then group by group.
   int64_t weight_floats() const { return PackedWeight<kTile, float>::floats(in_.C, outputs()); }
-  void transform_weights(float* u) const {
-    transform_whole<kTile>(weight_, {u, in_.C, outputs()});
-  }
+  void transform_weights(float* u) const { transform_whole<kTile>(weight_, {u, in_.C, outputs()}); }
   int64_t scratch_floats(const Tiling& tiling) const {
     const int64_t tiles = tiling.max_tiles();
     if (kByRows)
@@ -93,8 +91,8 @@ class Convolution {
         for (int64_t n = 0; n < outputs; n += kBlocks) {
           const int64_t count = std::min<int64_t>(kBlocks, outputs - n);
           for (int j = 0; j < kPatch; ++j)
-            multiply(v.at(j, 0), v.block(), u.at(i * kPatch + j, n), u.block(), in_.C,
-                     m.at(j, 0), m.block(), count, tiles, false,
+            multiply(v.at(j, 0), v.block(), u.at(i * kPatch + j, n), u.block(), in_.C, m.at(j, 0),
+                     m.block(), count, tiles, false,
                      lines.next(kPoints * ceil_div(outputs, kBlocks)));
           transform_products<kTile>(m, count, rows.at(i * kTile, n), rows.plane());
         }

@@ -35,8 +35,8 @@ struct Tiling {
   }
 
   // The same for products that take kRows tiles at a time: 15 would make them read all weights
-  // twice, with half of the work for each, where 11 do once. `halo`: what a pixel beside a group
-  // costs, of a pixel within.
+  // twice, with half of the work for each, where 11 do once. On the other hand narrow groups read
+  // much of their neighbours (kHaloCost, in pixels).
   static Tiling for_products(int64_t N, int64_t H, int64_t W, int64_t tile, int64_t target) {
     constexpr int64_t kMostRows = 4, kMostSplits = 4;
     constexpr double kHaloCost = 8;

@@ -53,7 +53,8 @@ inline constexpr int64_t kGroupShareTiles = 128, kLeastShares = 8;
 inline constexpr int64_t kWeightBytes = 12 << 20, kFewerWeightBytes = 4 << 20;
 // tiles in a group from which the weight's gradient, which adds up between groups, works by group.
 inline constexpr int64_t kGradTiles = 20;
-// tiles in a group from which both gradients share what they read, and so many at least if they fit;
+// tiles in a group from which both gradients share what they read, and so many at least if they
+// fit;
 inline constexpr int64_t kSharedTiles = 12, kSharedTarget = 24;
 // what is in L2 for a group, on Emerald Rapids (forward).
 inline constexpr int64_t kGroupBytes = 400 << 10;
@@ -78,8 +79,8 @@ inline bool few_weights(int64_t pairs) {
 
 // Calls f with the side of the tiles for maps of H x W, a compile-time number: 6, if they may be
 // large, on large maps where that saves a tenth of the products, not much of it being lost in tiles
-// that reach beyond the map; elsewhere 4, whose rounding errors are a quarter, and in builds for any
-// x86-64, which are slow anyway, and compile in half the time so.
+// that reach beyond the map; elsewhere 4, whose rounding errors are a quarter, and in builds for
+// any x86-64, which are slow anyway, and compile in half the time so.
 template <class F>
 void with_tile(int64_t H, int64_t W, bool large, F f) {
 #if defined(__x86_64__) && !defined(__AVX2__)

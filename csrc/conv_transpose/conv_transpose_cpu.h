@@ -161,9 +161,9 @@ class ConvTranspose {
         for (int64_t b = 0; b < ib_; b += kBlocks) {
           const int64_t blocks = std::min<int64_t>(kBlocks, ib_ - b);
           for (int64_t p = 0; p < g.tiles(); p += kPanel)
-            multiply(d + p * kBlock, block, u + b * grad_inputs() * kBlock,
-                     grad_inputs() * kBlock, grad_inputs(), m + p * kBlock, block, blocks, std::min(kPanel, g.tiles() - p), false,
-                     lines.next(turns));
+            multiply(d + p * kBlock, block, u + b * grad_inputs() * kBlock, grad_inputs() * kBlock,
+                     grad_inputs(), m + p * kBlock, block, blocks, std::min(kPanel, g.tiles() - p),
+                     false, lines.next(turns));
           for (int64_t i = 0; i < blocks; ++i) write_input_grad(g, index, b + i, m + i * block, dx);
         }
       }

@@ -63,7 +63,8 @@ class Captured:
     def program(self) -> Replay:
         with recording_is(False):
             self.model(self.input)  # prepares what the program is given
-        recording = Recording(self.model, self.input, self.kept.values())
+        kept = [value for value in self.kept.values() if isinstance(value, Tensor)]
+        recording = Recording(self.model, self.input, kept)
         recording.infer(self.model, recording.given(self.input))
         layout = Layout.of(self.input)
         weights = [p for p in self.model.parameters() if p.dim() == 4 and not p.is_inference()]
@@ -123,7 +124,8 @@ def capture(model: nn.Module, example: Tensor) -> Captured:
     On a GPU as a CUDA graph: weights are packed and norms folded once, not at each call. On a CPU
     as a program of the kernel calls that it comes down to, with the 3x3 weights transformed once,
     which takes four times their memory (seven times for few channels and large maps); where the
-    model calls anything else, it runs as always. Under the caller's autocast. Forward hooks may run while recording only.
+    model calls anything else, it runs as always. Under the caller's autocast. Forward hooks may run
+    while recording only.
 
     Args:
         model: in evaluation mode; not moved or converted afterwards.

@@ -148,7 +148,8 @@ def is_observed() -> bool:
 class Recording:
     """The passes of a model with inputs of one kind, as programs once they are there.
 
-    given: the input, all parameters and buffers, then what was ``prepared`` of them. By their numbers:
+    given: the input, all parameters and buffers, then what was ``prepared`` of them. By their
+    numbers:
     trained: what has a gradient. written: what a forward pass changes. read: what backward reads.
     """
 
@@ -158,7 +159,7 @@ class Recording:
         self.modules = [(now, snapshot(now)) for now in modules]
         self.tensors = [m[name] for m in modules for name in ("_parameters", "_buffers")]
         given = self.given(x)
-        self.traits = traits(given)
+        self.traits = traits(self.seen(x))
         self.trained = [i for i, t in enumerate(given) if t.requires_grad]
         self.why_not = ""
         self.forward: Program | None = None
@@ -168,9 +169,13 @@ class Recording:
         self.found: list[bool] = []  # of what is trained, whether backward comes to it
         self.output: Layout  # of the logits
 
-    def given(self, x: Tensor) -> list[Tensor]:
+    def seen(self, x: Tensor) -> list[Tensor]:
+        """What others may change."""
         found = (t for tensors in self.tensors for t in tensors.values() if t is not None)
-        return [x, *found, *self.prepared]
+        return [x, *found]
+
+    def given(self, x: Tensor) -> list[Tensor]:
+        return [*self.seen(x), *self.prepared]
 
     def holds(self, x: Tensor) -> bool:
         """Whether all modules are as they were."""
@@ -178,7 +183,7 @@ class Recording:
             same = all(now == before for now, before in self.modules)
         except (RuntimeError, TypeError, ValueError):  # something that compares value by value
             return False
-        return same and traits(self.given(x)) == self.traits
+        return same and traits(self.seen(x)) == self.traits
 
     def run(self, model: "FastUNet", x: Tensor) -> Tensor:
         if self.why_not:
