@@ -134,15 +134,17 @@ FASTUNET_INLINE void with_rows(int64_t rows, F f) {
 // B blocks of u and m, all tiles of v.
 template <int B>
 void multiply_blocks(const float* v, int64_t v_block, const float* u, int64_t u_block, int64_t K,
-                     float* m, int64_t m_block, int64_t tiles, bool add, Ahead& ahead) {
+                     float* m, int64_t m_block, int64_t tiles, bool add, const Stretch& ahead,
+                     const Stretch& more) {
   constexpr int kMost = kRows * kBlocks / B;
   const int64_t panels = ceil_div(tiles, kMost);
+  Ahead lines(ahead, more, panels, ceil_div(K, kStep));
   for (int64_t p = 0; p < panels; ++p) {
     const int64_t t = tiles * p / panels, rows = tiles * (p + 1) / panels - t;
-    ahead.start_panel();
+    lines.start_panel();
     with_rows<kMost>(rows, [&](auto R) {
       multiply_tile<R, B>(v + t * kBlock, v_block, u, u_block, K, m + t * kBlock, m_block, add,
-                          ahead);
+                          lines);
     });
   }
 }
@@ -151,13 +153,10 @@ void multiply_blocks(const float* v, int64_t v_block, const float* u, int64_t u_
 inline void multiply(const float* v, int64_t v_block, const float* u, int64_t u_block, int64_t K,
                      float* m, int64_t m_block, int64_t blocks, int64_t tiles, bool add,
                      const Stretch& ahead = {}, const Stretch& more = {}) {
-  if (tiles == 0) return;
-  const int64_t most = kRows * kBlocks / blocks;
-  Ahead lines(ahead, more, ceil_div(tiles, most), ceil_div(K, kStep));
   if (blocks == kBlocks)
-    return multiply_blocks<kBlocks>(v, v_block, u, u_block, K, m, m_block, tiles, add, lines);
+    return multiply_blocks<kBlocks>(v, v_block, u, u_block, K, m, m_block, tiles, add, ahead, more);
   if constexpr (kBlocks > 1)
-    multiply_blocks<1>(v, v_block, u, u_block, K, m, m_block, tiles, add, lines);
+    multiply_blocks<1>(v, v_block, u, u_block, K, m, m_block, tiles, add, ahead, more);
 }
 
 // `inputs` of one block (or some more) by B blocks of outputs; du: [16 inputs][du_row].

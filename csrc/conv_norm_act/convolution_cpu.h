@@ -210,11 +210,9 @@ class Convolution {
       if (!packed_)
         for (int64_t n = 0; n < blocks; ++n)
           transform_block<kTile>(weight_, k, begin, n, {made, count, blocks});
-      const auto u = [&](int p) -> const float* {
-        return packed_ ? packed(packed_).at(p, begin) + k * kBlock
-                       : PackedWeight<kTile, float>{made, count, blocks}.at(p, 0);
-      };
-      const int64_t u_block = (packed_ ? in_.C : count) * kBlock;
+      using Packed = PackedWeight<kTile, const float>;
+      const auto u =
+          packed_ ? packed(packed_).part(begin, k) : Packed{made, count, blocks}.part(0, 0);
       for (int p = 0; p < kPoints; ++p) {
         // The tiles of all channels are in L3, and a packed weight is in memory, from where they
         // come a point ahead.
@@ -222,10 +220,10 @@ class Convolution {
         if (p + 1 < kPoints) {
           tiles = {reinterpret_cast<const char*>(v.at(p + 1, b)), blocks_of(count) * v.tiles};
           if (packed_)
-            weights = {reinterpret_cast<const char*>(u(p + 1)), count,
-                       blocks > 1 ? u_block * int64_t{sizeof(float)} : 0};
+            weights = {reinterpret_cast<const char*>(u.at(p + 1)), count,
+                       blocks > 1 ? u.block * int64_t{sizeof(float)} : 0};
         }
-        multiply(v.at(p, b), v.block(), u(p), u_block, count, m.at(p, 0), m.block(), blocks,
+        multiply(v.at(p, b), v.block(), u.at(p), u.block, count, m.at(p, 0), m.block(), blocks,
                  v.tiles, k > 0, tiles, weights);
       }
     }

@@ -66,8 +66,12 @@ class Captured:
         kept = [value for value in self.kept.values() if isinstance(value, Tensor)]
         recording = Recording(self.model, self.input, kept)
         recording.infer(self.model, recording.given(self.input))
+        if recording.why_not:  # nothing reads what was prepared
+            self.kept.clear()
+            recording.prepared.clear()
         layout = Layout.of(self.input)
-        weights = [p for p in self.model.parameters() if p.dim() == 4 and not p.is_inference()]
+        read = self.model.parameters() if self.kept else ()
+        weights = [p for p in read if p.dim() == 4 and not p.is_inference()]
         state = versions(weights)
 
         def replay(x: Tensor) -> Tensor:
