@@ -31,7 +31,7 @@ inline int64_t l2_bytes() { return cache_bytes<kL2Name>(256 << 10, 2 << 20, 512 
 // Measured on Zen 4 and 5 with 1 MB of L2 per core and 32 MB of L3, see docs/performance-log.md:
 // pixels of a map from which tiles of 6 are faster;
 inline constexpr int64_t kLargeMap = 96 * 96;
-// bytes of their weights from which tiles of 4 are faster forward where L2 has 2 MB;
+// bytes of their weights from which tiles of 4 are faster forward where L2 has 2 MB, with AVX-512;
 inline constexpr int64_t kLargeTileBytes = 1 << 20;
 // tiles in a group whose weights stay in L2;
 inline constexpr int64_t kLeastRows = 8;
@@ -72,9 +72,10 @@ inline int64_t shares_of(int64_t groups, int64_t units, int64_t worth) {
 }
 
 // Whether tiles of 6 may be faster than tiles of 4 forward: not where their weights, 64 for each of
-// `pairs` of channels, come from an L3 that is slow.
+// `pairs` of channels, come from an L3 that is slow beside the products, which with AVX2 take twice
+// as long.
 inline bool few_weights(int64_t pairs) {
-  return l2_bytes() < 2 << 20 || pairs * points_of(6) * 4 < kLargeTileBytes;
+  return kLanes < 16 || l2_bytes() < 2 << 20 || pairs * points_of(6) * 4 < kLargeTileBytes;
 }
 
 // Calls f with the side of the tiles for maps of H x W, a compile-time number: 6, if they may be
