@@ -47,11 +47,13 @@ struct Values {
   const float *at, *again;
   FASTUNET_INLINE Values operator+(int64_t floats) const { return {at + floats, again + floats}; }
 };
-FASTUNET_INLINE Values values_at(const float* x) {
-  const float* again = x;
-  asm("" : "+r"(again));
-  return {x, again};
+// An address that the compiler does not see the origin of.
+template <class T>
+FASTUNET_INLINE T* hidden(T* address) {
+  asm("" : "+r"(address));
+  return address;
 }
+FASTUNET_INLINE Values values_at(const float* x) { return {x, hidden(x)}; }
 
 // R rows by B blocks of sums, in registers.
 template <int R, int B>
@@ -92,25 +94,42 @@ struct Sums {
     }
   }
 
-  // at[r][b] += v[...][r] * u[b], over K inputs. v: blocks of 16 inputs v_block apart; u: blocks
+  // at[r][b] += v[...][r] * u[b], over K inputs, of which there is one at least: a loop that may
+  // not run at all would have sums on the stack. v: blocks of 16 inputs v_block apart; u: blocks
   // u_block apart.
   FASTUNET_INLINE void add_products(const float* v, int64_t v_block, const float* u,
                                     int64_t u_block, int64_t K, Ahead& ahead) {
     Ahead lines = ahead;  // in registers
-    for (Values x = values_at(v); K > 0; K -= kBlock, x = x + v_block, u += kBlock * kBlock)
+    Values x = values_at(v);
+    do {
       in_steps(K < kBlock ? K : kBlock, lines, [&](int64_t k) __attribute__((always_inline)) {
         add_product(x + k, kBlock, u + k * kBlock, u_block);
       });
+      K -= kBlock, x = x + v_block, u += kBlock * kBlock;
+    } while (K > 0);
     ahead = lines;
   }
 
   FASTUNET_INLINE void load_from(const float* from, int64_t row, int64_t block) {
-    each([&](int r, int b, int c, vfloat& sum) { sum = load(from + r * row + b * block + c); });
+    const Blocks<const float> blocks(from, block);
+    each([&](int r, int b, int c, vfloat& sum) { sum = load(blocks.at[b] + r * row + c); });
   }
 
   FASTUNET_INLINE void store_to(float* to, int64_t row, int64_t block) {
-    each([&](int r, int b, int c, vfloat sum) { store(to + r * row + b * block + c, sum); });
+    const Blocks<float> blocks(to, block);
+    each([&](int r, int b, int c, vfloat sum) { store(blocks.at[b] + r * row + c, sum); });
   }
+
+ private:
+  // Where blocks begin: hidden, or the addresses of all rows would be on the stack meanwhile.
+  template <class T>
+  struct Blocks {
+    T* at[B];
+    FASTUNET_INLINE Blocks(T* first, int64_t block) {
+#pragma GCC unroll 4
+      for (int b = 0; b < B; ++b) at[b] = hidden(first + b * block);
+    }
+  };
 };
 
 // R tiles, B blocks of outputs.

@@ -564,6 +564,8 @@ ERRORS = {
                lambda: conv_norm_act(Concat(X, X), WEIGHT)),
     "taps": (ValueError, r"weight must be \[Cout, 8, 3, 3\], got \[4, 8, 5, 5\]",
              lambda: conv_norm_act(X, random(4, 8, 5, 5))),
+    "no inputs": (ValueError, r"must have channels, got weight \[4, 0, 3, 3\]",
+                  lambda: conv_norm_act(Activation.of(X.y[:, :0]), WEIGHT[:, :0])),
     "dtype": (TypeError, r"dtype torch\.float64, got torch\.float32",
               lambda: conv_norm_act(X, WEIGHT.double())),
     "second dtype": (TypeError, r"dtype torch\.float32, got torch\.float64",

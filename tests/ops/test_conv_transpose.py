@@ -118,6 +118,8 @@ def test_errors(backend):
     x = Activation.of(random(1, 8, 4, 4))
     with pytest.raises(ValueError, match=r"weight must be \[8, Cout, 2, 2\], got \[7, 2, 2, 2\]"):
         conv_transpose(x, random(7, 2, 2, 2))
+    with pytest.raises(ValueError, match=r"must have channels, got weight \[8, 0, 2, 2\]"):
+        conv_transpose(x, random(8, 0, 2, 2))
     with pytest.raises(TypeError, match=r"dtype torch\.float64, got torch\.float32"):
         conv_transpose(x, random(8, 2, 2, 2, dtype=torch.float64))
     with pytest.raises(TypeError, match="device meta, got cpu"):

@@ -95,6 +95,10 @@ def check_shapes(first: Activation, second: Activation | None, weight: Tensor) -
         raise ValueError(
             f"conv_norm_act: weight must be [Cout, {channels}, 3, 3], got {list(weight.shape)}"
         )
+    if weight.numel() == 0:
+        raise ValueError(
+            f"conv_norm_act: input and output must have channels, got weight {list(weight.shape)}"
+        )
     if second is None:
         return
     one, other = ([a.y.size(0), *a.size] for a in (first, second))

@@ -34,6 +34,10 @@ def conv_transpose(
         raise ValueError(
             f"conv_transpose: weight must be [{x.y.size(1)}, Cout, 2, 2], got {list(weight.shape)}"
         )
+    if weight.numel() == 0:
+        raise ValueError(
+            f"conv_transpose: input and output must have channels, got weight {list(weight.shape)}"
+        )
     refuse_transforms(*x[:4], weight, bias)
     arguments = (*flatten(x), x.size, weight, bias, backends.requested())
     y = torch.ops.fastunet.conv_transpose(*arguments)
