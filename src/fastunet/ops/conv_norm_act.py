@@ -13,7 +13,17 @@ from fastunet.recompute import forget
 from fastunet.reference.resample import accumulate_dtype
 
 from ._register import define, differentiable, placeholder_for, refuse_transforms
-from .source import COUNT, FIRST, SECOND, cast, compute_dtype, fake_source_grads, flatten, unflatten
+from .source import (
+    COUNT,
+    FIRST,
+    SECOND,
+    cast,
+    compute_dtype,
+    fake_source_grads,
+    flatten,
+    require_channels,
+    unflatten,
+)
 
 
 class ConvNorm(NamedTuple):
@@ -95,10 +105,7 @@ def check_shapes(first: Activation, second: Activation | None, weight: Tensor) -
         raise ValueError(
             f"conv_norm_act: weight must be [Cout, {channels}, 3, 3], got {list(weight.shape)}"
         )
-    if weight.numel() == 0:
-        raise ValueError(
-            f"conv_norm_act: input and output must have channels, got weight {list(weight.shape)}"
-        )
+    require_channels(weight, "conv_norm_act")
     if second is None:
         return
     one, other = ([a.y.size(0), *a.size] for a in (first, second))

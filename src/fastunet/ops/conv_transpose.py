@@ -12,7 +12,16 @@ from fastunet.recompute import forget
 from fastunet.reference.resample import accumulate_dtype
 
 from ._register import define, differentiable, placeholder_for, refuse_transforms
-from .source import COUNT, FIRST, cast, compute_dtype, fake_source_grads, flatten, unflatten
+from .source import (
+    COUNT,
+    FIRST,
+    cast,
+    compute_dtype,
+    fake_source_grads,
+    flatten,
+    require_channels,
+    unflatten,
+)
 
 
 def conv_transpose(
@@ -34,10 +43,7 @@ def conv_transpose(
         raise ValueError(
             f"conv_transpose: weight must be [{x.y.size(1)}, Cout, 2, 2], got {list(weight.shape)}"
         )
-    if weight.numel() == 0:
-        raise ValueError(
-            f"conv_transpose: input and output must have channels, got weight {list(weight.shape)}"
-        )
+    require_channels(weight, "conv_transpose")
     refuse_transforms(*x[:4], weight, bias)
     arguments = (*flatten(x), x.size, weight, bias, backends.requested())
     y = torch.ops.fastunet.conv_transpose(*arguments)

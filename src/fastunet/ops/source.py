@@ -51,6 +51,13 @@ def compute_dtype(x: Tensor, weight: Tensor, name: str) -> torch.dtype:
     return weight.dtype
 
 
+def require_channels(weight: Tensor, name: str) -> None:
+    """Raises a ValueError where a convolution has no inputs or outputs: kernels count on both."""
+    if weight.numel() == 0:
+        shape = list(weight.shape)
+        raise ValueError(f"{name}: input and output must have channels, got weight {shape}")
+
+
 def fake_source_grads(y: Tensor, scale: Tensor | None, needed: bool) -> list[Tensor]:
     """dy, dscale, dshift as the backward operators return them."""
     if not needed:
