@@ -12,6 +12,7 @@
 namespace fastunet {
 
 inline constexpr int kTaps = 9;
+inline constexpr int kTurnedAhead = 4;  // inputs
 
 // As a convolution of K input and N output channels reads them: weights[o][i], the taps adjacent,
 // or turned around (k = o, n = i, taps reversed), which gives the input's gradient. The outputs may
@@ -64,27 +65,24 @@ inline void scatter_taps(const float* taps, int64_t row, int64_t stride, int64_t
 }
 
 // u[point][k - begin][16] for inputs [begin, end) and one block of outputs; points `plane` apart.
-template <int kTile>
+template <int kTile, bool kTurned>
 void transform_weight(const Weight& w, int64_t begin, int64_t end, int64_t block, float* u,
                       int64_t plane) {
   const auto [first, count] = w.outputs_of(block);
-  const auto run = [&](auto turned) {
-    const float* from = w.data + begin * w.k_stride + first * w.n_stride;
-    for (int64_t k = begin; k < end; ++k, from += w.k_stride, u += kBlock)
-      for (int c = 0; c < kBlock; c += kLanes) {
-        vfloat taps[kTaps];
-        gather_taps(from + c * w.n_stride, w.n_stride, count - c, taps);
-        transform_square<WeightTransform<kTile>>(
-            [&](int i, int j) { return taps[turned ? kTaps - 1 - (i * 3 + j) : i * 3 + j]; },
-            [&](int i, int j, vfloat value) {
-              store(u + (i * patch_of(kTile) + j) * plane + c, value);
-            });
-      }
-  };
-  if (w.turned)
-    run(std::true_type{});
-  else
-    run(std::false_type{});
+  const float* from = w.data + begin * w.k_stride + first * w.n_stride;
+  for (int64_t k = begin; k < end; ++k, from += w.k_stride, u += kBlock) {
+    // The taps of an input's outputs lie side by side if turned, input by input in another page.
+    if (kTurned) prefetch(reinterpret_cast<const char*>(from + kTurnedAhead * w.k_stride), kTaps);
+    for (int c = 0; c < kBlock; c += kLanes) {
+      vfloat taps[kTaps];
+      gather_taps(from + c * w.n_stride, w.n_stride, count - c, taps);
+      transform_square<WeightTransform<kTile>>(
+          [&](int i, int j) { return taps[kTurned ? kTaps - 1 - (i * 3 + j) : i * 3 + j]; },
+          [=](int i, int j, vfloat value) {
+            store(u + (i * patch_of(kTile) + j) * plane + c, value);
+          });
+    }
+  }
 }
 
 // A weight in Winograd's domain: for kBlocks blocks of outputs (fewer at last) after another,
@@ -125,8 +123,8 @@ template <int kTile>
 void transform_block(const Weight& w, int64_t begin, int64_t first, int64_t b,
                      const PackedWeight<kTile, float>& to) {
   const int64_t n = b / kBlocks * kBlocks;
-  transform_weight<kTile>(w, begin, begin + to.K, first + b, to.at(0, n) + (b - n) * to.block(),
-                          to.plane(n));
+  const auto transform = w.turned ? transform_weight<kTile, true> : transform_weight<kTile, false>;
+  transform(w, begin, begin + to.K, first + b, to.at(0, n) + (b - n) * to.block(), to.plane(n));
 }
 
 template <int kTile>
