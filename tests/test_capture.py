@@ -70,8 +70,7 @@ def test_keeps_transformed_weights():
     """Which it makes again when it is told, where a weight has changed without a trace."""
     x = random(1, 3, 32, 32)
     model, recording = captured(x)
-    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-    assert len(recording.kept) == sum(m.kernel_size == (3, 3) for m in convolutions) > 0
+    assert len(recording.kept) == 4  # on smaller maps they are transformed each time
     before = recording(x)
     with torch.no_grad():
         model.inc.double_conv[0].weight.data.mul_(1.5)

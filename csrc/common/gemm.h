@@ -3,8 +3,12 @@
 //
 //   multiply     m[n][t] (+)= sum over k of v[k][t] * u[n][k]
 //   correlate    du[i][n] (+)= sum over t of v[i][t] * d[n][t]
+//
+// and the same for each of some points. `lines` of maps are asked for on the way: one of so many
+// equal `parts`.
 #pragma once
 
+#include <type_traits>
 #include <utility>
 
 #include "common/prefetch.h"
@@ -23,6 +27,19 @@ inline constexpr int kRows = 6, kBlocks = 1, kGradRows = 4;
 #else
 inline constexpr int kRows = 2, kBlocks = 1, kGradRows = 2;
 #endif
+
+// Blocks of values, `block` apart, of points that are `plane` apart.
+template <class T>
+struct Operand {
+  T* data;
+  int64_t block, plane = 0;
+  Operand at(int64_t point) const { return {data + point * plane, block, plane}; }
+  operator Operand<const T>() const
+    requires(!std::is_const_v<T>)
+  {
+    return {data, block, plane};
+  }
+};
 
 inline int64_t blocks_of(int64_t channels) { return ceil_div(channels, kBlock); }
 
@@ -98,7 +115,7 @@ struct Sums {
   // not run at all would have sums on the stack. v: blocks of 16 inputs v_block apart; u: blocks
   // u_block apart.
   FASTUNET_INLINE void add_products(const float* v, int64_t v_block, const float* u,
-                                    int64_t u_block, int64_t K, Ahead& ahead) {
+                                    int64_t u_block, int64_t K, const Ahead& ahead) {
     Ahead lines = ahead;  // in registers
     Values x = values_at(v);
     do {
@@ -107,7 +124,6 @@ struct Sums {
       });
       K -= kBlock, x = x + v_block, u += kBlock * kBlock;
     } while (K > 0);
-    ahead = lines;
   }
 
   FASTUNET_INLINE void load_from(const float* from, int64_t row, int64_t block) {
@@ -132,10 +148,11 @@ struct Sums {
   };
 };
 
-// R tiles, B blocks of outputs.
+// R tiles, B blocks of outputs. Not inlined, so that each is there once.
 template <int R, int B>
-void multiply_tile(const float* v, int64_t v_block, const float* u, int64_t u_block, int64_t K,
-                   float* m, int64_t m_block, bool add, Ahead& ahead) {
+__attribute__((noinline)) void multiply_tile(const float* v, int64_t v_block, const float* u,
+                                             int64_t u_block, int64_t K, float* m, int64_t m_block,
+                                             bool add, const Ahead& ahead) {
   Sums<R, B> sums;
   if (add) sums.load_from(m, kBlock, m_block);
   sums.add_products(v, v_block, u, u_block, K, ahead);
@@ -150,62 +167,84 @@ FASTUNET_INLINE void with_rows(int64_t rows, F f) {
   }(std::make_integer_sequence<int, kMost>{});
 }
 
-// B blocks of u and m, all tiles of v.
+// B blocks of u and m, all tiles of v, in panels as equal as possible.
 template <int B>
-void multiply_blocks(const float* v, int64_t v_block, const float* u, int64_t u_block, int64_t K,
-                     float* m, int64_t m_block, int64_t tiles, bool add, const Stretch& ahead,
-                     const Stretch& more) {
+void multiply_blocks(const Operand<const float>& v, const Operand<const float>& u, int64_t K,
+                     const Operand<float>& m, int64_t points, int64_t tiles, bool add,
+                     Prefetch& lines, int64_t parts) {
   constexpr int kMost = kRows * kBlocks / B;
+  if (tiles == 0) return;
   const int64_t panels = ceil_div(tiles, kMost);
-  Ahead lines(ahead, more, panels, ceil_div(K, kStep));
-  for (int64_t p = 0; p < panels; ++p) {
-    const int64_t t = tiles * p / panels, rows = tiles * (p + 1) / panels - t;
-    lines.start_panel();
-    with_rows<kMost>(rows, [&](auto R) {
-      multiply_tile<R, B>(v + t * kBlock, v_block, u, u_block, K, m + t * kBlock, m_block, add,
-                          lines);
-    });
-  }
+  lines.share(parts, points * panels, ceil_div(K, kStep));
+  // So many rows, or one less. What depends on their number is decided once, not for each panel:
+  // products of 16 inputs take a hundred cycles.
+  with_rows<kMost>(ceil_div(tiles, panels), [&](auto rows) {
+    const auto panel = [&](auto rows, int64_t p, int64_t t) {
+      multiply_tile<rows, B>(v.data + p * v.plane + t * kBlock, v.block, u.data + p * u.plane,
+                             u.block, K, m.data + p * m.plane + t * kBlock, m.block, add,
+                             lines.panel());
+    };
+    const int64_t less = panels * rows - tiles;
+    for (int64_t p = 0; p < points; ++p) {
+      int64_t t = 0;
+      if constexpr (rows > 1)
+        for (; t < less * (rows - 1); t += rows - 1)
+          panel(std::integral_constant<int, rows - 1>{}, p, t);
+      for (; t < tiles; t += rows) panel(rows, p, t);
+    }
+  });
 }
 
-// Up to kBlocks blocks of u, each [K][16], and of m. `ahead`, then `more`, is asked for on the way.
-inline void multiply(const float* v, int64_t v_block, const float* u, int64_t u_block, int64_t K,
-                     float* m, int64_t m_block, int64_t blocks, int64_t tiles, bool add,
-                     const Stretch& ahead = {}, const Stretch& more = {}) {
+// Up to kBlocks blocks of u, each [K][16], and of m.
+inline void multiply(const Operand<const float>& v, const Operand<const float>& u, int64_t K,
+                     const Operand<float>& m, int64_t blocks, int64_t points, int64_t tiles,
+                     bool add, Prefetch& lines, int64_t parts) {
   if (blocks == kBlocks)
-    return multiply_blocks<kBlocks>(v, v_block, u, u_block, K, m, m_block, tiles, add, ahead, more);
-  if constexpr (kBlocks > 1)
-    multiply_blocks<1>(v, v_block, u, u_block, K, m, m_block, tiles, add, ahead, more);
+    return multiply_blocks<kBlocks>(v, u, K, m, points, tiles, add, lines, parts);
+  if constexpr (kBlocks > 1) multiply_blocks<1>(v, u, K, m, points, tiles, add, lines, parts);
 }
 
-// `inputs` of one block (or some more) by B blocks of outputs; du: [16 inputs][du_row].
-template <int B>
-void correlate_blocks(const float* v, int64_t inputs, const float* d, int64_t d_block,
-                      int64_t tiles, float* du, int64_t du_row, bool add, Ahead& ahead) {
-  for (int64_t i = 0; i < inputs; i += kGradRows) {
-    Sums<kGradRows, B> sums;
-    if (add) sums.load_from(du + i * du_row, du_row, kBlock);
-    const Values x = values_at(v + i);
-    in_steps(tiles, ahead, [&](int64_t t) __attribute__((always_inline)) {
-      sums.add_product(x + t * kBlock, 1, d + t * kBlock, d_block);
-    });
-    sums.store_to(du + i * du_row, du_row, kBlock);
+// R inputs from v on by B blocks of outputs; du: rows of inputs, `du_row` apart.
+template <int R, int B>
+FASTUNET_INLINE void correlate_tile(const float* v, const float* d, int64_t d_block, int64_t tiles,
+                                    float* du, int64_t du_row, bool add, const Ahead& ahead) {
+  Sums<R, B> sums;
+  if (add) sums.load_from(du, du_row, kBlock);
+  Ahead lines = ahead;  // in registers
+  const Values x = values_at(v);
+  in_steps(tiles, lines, [&](int64_t t) __attribute__((always_inline)) {
+    sums.add_product(x + t * kBlock, 1, d + t * kBlock, d_block);
+  });
+  sums.store_to(du, du_row, kBlock);
+}
+
+// `inputs` of one block (or some more) by `blocks` blocks of outputs; du: [16 inputs][du.block].
+inline void correlate(const Operand<const float>& v, int64_t inputs, const Operand<const float>& d,
+                      int64_t blocks, int64_t points, int64_t tiles, const Operand<float>& du,
+                      bool add, Prefetch& lines, int64_t parts) {
+  const int64_t panels = ceil_div(blocks, kBlocks) * ceil_div(inputs, kGradRows);
+  lines.share(parts, points * panels, ceil_div(tiles, kStep));
+  const auto tile = [&](auto rows, auto count, int64_t p, int64_t i, int64_t n) {
+    correlate_tile<rows, count>(v.at(p).data + i, d.at(p).data + n * d.block, d.block, tiles,
+                                du.at(p).data + i * du.block + n * kBlock, du.block, add,
+                                lines.panel());
+  };
+  constexpr auto kOne = std::integral_constant<int, 1>{};
+  constexpr auto kFew = std::integral_constant<int, kGradRows>{};
+  for (int64_t p = 0; p < points; ++p) {
+    int64_t n = 0;
+    for (; n + kBlocks <= blocks; n += kBlocks)
+      for (int64_t i = 0; i < inputs; i += kGradRows)
+        tile(kFew, std::integral_constant<int, kBlocks>{}, p, i, n);
+    if constexpr (kBlocks > 1) {
+      if (n == blocks) continue;
+      // More rows instead of more blocks.
+      int64_t i = 0;
+      for (; i + kGradRows < inputs; i += 2 * kGradRows)
+        tile(std::integral_constant<int, 2 * kGradRows>{}, kOne, p, i, n);
+      if (i < inputs) tile(kFew, kOne, p, i, n);
+    }
   }
-}
-
-inline void correlate(const float* v, int64_t inputs, const float* d, int64_t d_block,
-                      int64_t blocks, int64_t tiles, float* du, int64_t du_row, bool add,
-                      const Stretch& ahead = {}) {
-  Ahead lines(ahead, {}, ceil_div(blocks, kBlocks) * ceil_div(inputs, kGradRows),
-              ceil_div(tiles, kStep));
-  int64_t n = 0;
-  for (; n + kBlocks <= blocks; n += kBlocks)
-    correlate_blocks<kBlocks>(v, inputs, d + n * d_block, d_block, tiles, du + n * kBlock, du_row,
-                              add, lines);
-  if constexpr (kBlocks > 1)
-    if (n < blocks)
-      correlate_blocks<1>(v, inputs, d + n * d_block, d_block, tiles, du + n * kBlock, du_row, add,
-                          lines);
 }
 
 }  // namespace fastunet

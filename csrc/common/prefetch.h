@@ -11,34 +11,18 @@ namespace fastunet {
 
 inline constexpr int64_t kLine = 64;
 
-inline void prefetch(const char* begin, int64_t lines) {
+// Must be inlined: to the compiler it has no effect, and its calls go.
+FASTUNET_INLINE void prefetch(const char* begin, int64_t lines) {
   for (int64_t i = 0; i < lines; ++i) __builtin_prefetch(begin + i * kLine, 0, 2);
 }
 
-// Lines that follow one another; or twice as many, the others `twin` bytes further on.
-struct Stretch {
-  const char* begin = nullptr;
-  int64_t lines = 0, twin = 0;
-};
-
-// The same, or one stretch after another, asked for in equal shares by the steps of products: a few
-// lines at a time, as fill buffers that are full hold up the loads of the products as well. Always
-// two of them, of both halves.
+// Two stretches of lines, asked for step by step between products: a few at a time, as fill buffers
+// that are full hold up the loads of the products as well.
 class Ahead {
  public:
-  // For so many panels of so many steps.
-  Ahead(const Stretch& first, const Stretch& then, int64_t panels, int64_t steps)
-      : then_(in_halves(then)) {
-    const Stretch now = in_halves(first);
-    const int64_t lines = now.lines + then_.lines;
-    first_ = then_.lines ? (panels * now.lines + lines / 2) / lines : panels;
-    then_step_ = step(then_, (panels - first_) * steps);
-    start(now, step(now, first_ * steps));
-  }
-
-  // Before each panel.
-  void start_panel() {
-    if (first_-- == 0) start(then_, then_step_);
+  // The second `twin` bytes behind the first; a step is of so many bytes of each.
+  void start(const char* begin, int64_t twin, int64_t step) {
+    next_ = until_ = begin, twin_ = twin, step_ = step;
   }
   FASTUNET_INLINE void advance() {
     until_ += step_;
@@ -49,24 +33,12 @@ class Ahead {
   }
 
  private:
-  static Stretch in_halves(const Stretch& s) {
-    const int64_t half = ceil_div(s.lines, 2);
-    return s.twin ? s : Stretch{s.begin, half, half * kLine};
-  }
-  static int64_t step(const Stretch& s, int64_t steps) {
-    return steps > 0 ? ceil_div(s.lines * kLine, steps) : 0;
-  }
-  void start(const Stretch& s, int64_t step) {
-    next_ = until_ = s.begin, twin_ = s.twin, step_ = step;
-  }
-
-  const char *next_, *until_;
-  int64_t twin_, step_;  // bytes
-  Stretch then_;
-  int64_t first_, then_step_;  // panels that are left for the first stretch
+  const char *next_ = nullptr, *until_ = nullptr;
+  int64_t twin_ = 0, step_ = 0;  // bytes
 };
 
-// Lines of maps, a share at a time.
+// Rows of maps, or others, of which products ask for a share: two rows side by side, as two streams
+// are faster than one, or both halves of a last one.
 class Prefetch {
  public:
   // Pixels [h0, h1) x [w0, w1) of sample n, clipped to the map.
@@ -74,44 +46,94 @@ class Prefetch {
   void add(const Map<T>& m, int64_t n, int64_t h0, int64_t h1, int64_t w0, int64_t w1) {
     h0 = std::max<int64_t>(h0, 0), h1 = std::min(h1, m.H);
     w0 = std::max<int64_t>(w0, 0), w1 = std::min(w1, m.W);
-    if (h0 >= h1 || w0 >= w1 || count_ == regions_.size()) return;
-    const int64_t bytes = ((w1 - w0 - 1) * m.sw + m.C) * static_cast<int64_t>(sizeof(T));
-    regions_[count_++] = {reinterpret_cast<const char*>(m.at(n, h0, w0)),
-                          m.sh * static_cast<int64_t>(sizeof(T)), h1 - h0, ceil_div(bytes, kLine)};
-    lines_ += (h1 - h0) * ceil_div(bytes, kLine);
+    if (h0 < h1 && w0 < w1) add(m.at(n, h0, w0), h1 - h0, m.sh, (w1 - w0 - 1) * m.sw + m.C);
+  }
+  // Rows of `length` values, `stride` apart.
+  template <class T>
+  void add(const T* begin, int64_t rows, int64_t stride, int64_t length) {
+    if (count_ == regions_.size() || rows * length == 0) return;
+    constexpr int64_t kSize = sizeof(T);
+    const int64_t lines = ceil_div(length * kSize, kLine);
+    regions_[count_++] = {reinterpret_cast<const char*>(begin), rows, stride * kSize, lines};
+    lines_ += rows * lines;
   }
 
-  // The next of `parts` equal shares of all lines: asks for them,
-  void advance(int64_t parts) {
-    const Stretch last = next(parts);
-    prefetch(last.begin, last.lines);
-  }
-  // or leaves what is in the last row of pixels to the caller.
-  Stretch next(int64_t parts) {
-    Stretch last;
-    for (int64_t left = ceil_div(lines_, parts); left > 0 && region_ < count_;) {
-      prefetch(last.begin, last.lines);
-      const Region& r = regions_[region_];
-      last = {r.begin + row_ * r.row_bytes + line_ * kLine, std::min(left, r.lines - line_)};
-      left -= last.lines;
-      line_ += last.lines;
-      if (line_ < r.lines) break;
-      line_ = 0;
-      if (++row_ < r.rows) continue;
-      row_ = 0;
-      ++region_;
+  // Asks for the next of `parts` equal shares.
+  void ask(int64_t parts) {
+    for (int64_t left = ceil_div(lines_, 2 * parts); left > 0 && in_region();) {
+      const int64_t count = std::min(left, length_ - line_);
+      prefetch(next(), count);
+      prefetch(next() + twin_, count);
+      left -= count;
+      move(count);
     }
-    return last;
+  }
+  // The same, but that it is left to so many panels of products, of so many steps: each asks for a
+  // part of two rows, not less than its share, so that some have nothing left.
+  void share(int64_t parts, int64_t panels, int64_t steps) {
+    share_ = lines_ ? ceil_div(lines_, 2 * parts * panels) : 0;
+    steps_ = steps;
+    divide();
+  }
+  // What the next panel asks for.
+  const Ahead& panel() {
+    ahead_.start(nullptr, 0, 0);
+    if (share_ == 0) return ahead_;
+    for (int64_t left = share_; in_region(); left -= length_) {
+      if (left <= length_ || rows_ <= 2) {
+        ahead_.start(next(), twin_, step_);
+        move(part_);
+        break;
+      }
+      prefetch(next(), length_);
+      prefetch(next() + twin_, length_);
+      move(length_);
+    }
+    return ahead_;
   }
 
  private:
   struct Region {
     const char* begin;
-    int64_t row_bytes, rows, lines;
+    int64_t rows, stride, length;  // lines, but for the stride
   };
+
+  const char* next() const { return row_ + line_ * kLine; }
+  // Whether something is left.
+  bool in_region() {
+    if (rows_ > 0) return true;
+    if (region_ == count_) return false;
+    const Region& r = regions_[region_++];
+    row_ = r.begin, rows_ = r.rows, twin_ = r.stride, length_ = r.length;
+    halve();
+    divide();
+    return true;
+  }
+  // A last row.
+  void halve() {
+    if (rows_ == 1) length_ = ceil_div(length_, 2), twin_ = length_ * kLine;
+  }
+  // Into equal parts.
+  void divide() {
+    if (share_ == 0 || rows_ <= 0) return;
+    part_ = ceil_div(length_, std::max<int64_t>(1, length_ / share_));
+    step_ = ceil_div(part_ * kLine, steps_);
+  }
+  void move(int64_t lines) {
+    line_ += lines;
+    if (line_ < length_) return;
+    line_ = 0, rows_ -= 2, row_ += 2 * twin_;
+    if (rows_ == 1) halve(), divide();
+  }
+
   std::array<Region, 6> regions_;
+  Ahead ahead_;
   size_t count_ = 0, region_ = 0;
-  int64_t lines_ = 0, row_ = 0, line_ = 0;
+  int64_t lines_ = 0;
+  // Two rows and where it is in them, and how many are left of the region.
+  const char* row_ = nullptr;
+  int64_t twin_ = 0, length_ = 0, line_ = 0, rows_ = 0;
+  int64_t share_ = 0, part_ = 0, steps_ = 0, step_ = 0;
 };
 
 }  // namespace fastunet

@@ -90,10 +90,8 @@ class Convolution {
         reader_.read_row(group, i, z, v);
         for (int64_t n = 0; n < outputs; n += kBlocks) {
           const int64_t count = std::min<int64_t>(kBlocks, outputs - n);
-          for (int j = 0; j < kPatch; ++j)
-            multiply(v.at(j, 0), v.block(), u.at(i * kPatch + j, n), u.block(), in_.C, m.at(j, 0),
-                     m.block(), count, tiles, false,
-                     lines.next(kPoints * ceil_div(outputs, kBlocks)));
+          multiply(v.part(0, 0), u.part(n, 0).at(i * kPatch), in_.C, m.part(0, 0), count, kPatch,
+                   tiles, false, lines, kPatch * ceil_div(outputs, kBlocks));
           transform_products<kTile>(m, count, rows.at(i * kTile, n), rows.plane());
         }
       }
@@ -102,11 +100,13 @@ class Convolution {
       const Panels v = left.panels(kPoints, inputs, tiles);
       const Panels m = left.panels(kPoints, outputs, tiles);
       for (int64_t b = 0; b < inputs; ++b) reader_.read(group, b, v, 0, left.rest, grad_z);
-      for (int p = 0; p < kPoints; ++p)
+      // Tiles are in L1 for all outputs of a point.
+      const int64_t points = outputs <= kBlocks ? kPoints : 1;
+      for (int64_t p = 0; p < kPoints; p += points)
         for (int64_t n = 0; n < outputs; n += kBlocks)
-          multiply(v.at(p, 0), v.block(), u.at(p, n), u.block(), in_.C, m.at(p, n), m.block(),
-                   std::min<int64_t>(kBlocks, outputs - n), tiles, false,
-                   lines.next(kPoints * ceil_div(outputs, kBlocks)));
+          multiply(v.part(p, 0), u.part(n, 0).at(p), in_.C, m.part(p, n),
+                   std::min<int64_t>(kBlocks, outputs - n), points, tiles, false, lines,
+                   kPoints / points * ceil_div(outputs, kBlocks));
       output_.write(group, g, 0, outputs, m, 0);
     }
   }
@@ -216,15 +216,12 @@ class Convolution {
       for (int p = 0; p < kPoints; ++p) {
         // The tiles of all channels are in L3, and a packed weight is in memory, from where they
         // come a point ahead.
-        Stretch tiles, weights;
+        Prefetch next;
         if (p + 1 < kPoints) {
-          tiles = {reinterpret_cast<const char*>(v.at(p + 1, b)), blocks_of(count) * v.tiles};
-          if (packed_)
-            weights = {reinterpret_cast<const char*>(u.at(p + 1)), count,
-                       blocks > 1 ? u.block * int64_t{sizeof(float)} : 0};
+          next.add(v.at(p + 1, b), 1, 0, blocks_of(count) * v.block());
+          if (packed_) next.add(u.at(p + 1).data, blocks, u.block, count * kBlock);
         }
-        multiply(v.at(p, b), v.block(), u.at(p), u.block, count, m.at(p, 0), m.block(), blocks,
-                 v.tiles, k > 0, tiles, weights);
+        multiply(v.part(p, b), u.at(p), count, m.part(p, 0), blocks, 1, v.tiles, k > 0, next, 1);
       }
     }
     for (size_t g = 0; g + 1 < offsets.size(); ++g)

@@ -26,8 +26,8 @@ void normalization(const Tensor y, const MaybeTensor bias, const MaybeTensor gam
     parallel_tasks(chunks.count(), [&](int64_t k) {
       A* mean = moments.values.data() + k * 2 * C;
       moments.counts[k] = chunks.end(k) - chunks.begin(k);
-      chunk_moments(in.at(chunks.sample(k), 0) + chunks.begin(k) * C, 1, 0, moments.counts[k], C, C,
-                    mean, mean + C);
+      chunk_moments(in.at(chunks.sample(k), 0) + chunks.begin(k) * C, moments.counts[k], C, mean,
+                    mean + C);
     });
     finalize(moments, g, rows<const A>(bias, C, "bias"), rows<const A>(gamma, C, "gamma"),
              rows<const A>(beta, C, "beta"), eps, out);

@@ -10,30 +10,26 @@
 
 namespace fastunet {
 
-// Per-channel mean and squared deviations of rows of pixels, in two sweeps over values that stay in
-// cache: no cancellation, whatever the mean.
+// Per-channel mean and squared deviations of pixels, in two sweeps over values that stay in cache:
+// no cancellation, whatever the mean.
 template <class T>
-void chunk_moments(const T* y, int64_t rows, int64_t row_stride, int64_t pixels,
-                   int64_t pixel_stride, int64_t C, acc_t<T>* mean, acc_t<T>* m2) {
+void chunk_moments(const T* y, int64_t pixels, int64_t C, acc_t<T>* mean, acc_t<T>* m2) {
   using A = acc_t<T>;
   const auto accumulate = [&](A* sums, auto term) {
     std::fill_n(sums, C, A(0));
-    for (int64_t r = 0; r < rows; ++r)
-      for_tiles(pixels, C, [&](int64_t p, int64_t end, int64_t c, auto lanes) {
-        const vec<A> m = load(mean + c, lanes);
-        const T* from = y + r * row_stride + c;
-        vec<A> part[4] = {};  // one sum would wait for each addition before the next
-        for (; p + 4 <= end; p += 4)
+    for_tiles(pixels, C, [&](int64_t p, int64_t end, int64_t c, auto lanes) {
+      const vec<A> m = load(mean + c, lanes);
+      vec<A> part[4] = {};  // one sum would wait for each addition before the next
+      for (; p + 4 <= end; p += 4)
 #pragma GCC unroll 4
-          for (int i = 0; i < 4; ++i)
-            part[i] += term(load(from + (p + i) * pixel_stride, lanes), m);
-        for (; p < end; ++p) part[0] += term(load(from + p * pixel_stride, lanes), m);
-        const vec<A> sum = (part[0] + part[1]) + (part[2] + part[3]);
-        store(sums + c, load(sums + c, lanes) + sum, lanes);
-      });
+        for (int i = 0; i < 4; ++i) part[i] += term(load(y + (p + i) * C + c, lanes), m);
+      for (; p < end; ++p) part[0] += term(load(y + p * C + c, lanes), m);
+      const vec<A> sum = (part[0] + part[1]) + (part[2] + part[3]);
+      store(sums + c, load(sums + c, lanes) + sum, lanes);
+    });
   };
   accumulate(mean, [](vec<A> value, vec<A>) { return value; });
-  for (int64_t c = 0; c < C; ++c) mean[c] /= static_cast<A>(rows * pixels);
+  for (int64_t c = 0; c < C; ++c) mean[c] /= static_cast<A>(pixels);
   accumulate(m2, [](vec<A> value, vec<A> m) { return (value - m) * (value - m); });
 }
 

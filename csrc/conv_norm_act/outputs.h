@@ -84,6 +84,36 @@ FASTUNET_INLINE void for_tiles_of(const Tiling::Group& g, int64_t side, int64_t 
     for (int64_t s = 0; s < g.columns; ++s, ++tile) f(tile, g.h + r * side, g.w + s * side);
 }
 
+// Sums of one vector of channels, several that do not wait for each other, of deviations from the
+// mean of a part of the values: no cancellation that counts, whatever the mean.
+template <int kSums>
+struct Deviations {
+  vfloat center{}, sums[kSums] = {}, squares[kSums] = {};
+
+  FASTUNET_INLINE void add(int i, vfloat value) {
+    const vfloat deviation = value - center;
+    sums[i % kSums] += deviation;
+    squares[i % kSums] += deviation * deviation;
+  }
+  // The mean so far as the center of what is added from now on.
+  FASTUNET_INLINE void start(int64_t count) {
+    const vfloat mean = center + total(sums) / static_cast<float>(count);
+    *this = {mean};
+  }
+  FASTUNET_INLINE vfloat mean(float count) const { return center + total(sums) / count; }
+  FASTUNET_INLINE vfloat m2(float count) const {
+    const vfloat sum = total(sums), found = total(squares) - sum * sum / count;
+    return found > 0 ? found : vfloat{};
+  }
+
+ private:
+  static FASTUNET_INLINE vfloat total(const vfloat* sums) {
+    vfloat sum = sums[0];
+    for (int i = 1; i < kSums; ++i) sum += sums[i];
+    return sum;
+  }
+};
+
 // A raw map and, if wanted, its moments; or with an affine and activation done to it.
 template <class T, int kTile>
 struct RawOutput {
@@ -104,7 +134,9 @@ struct RawOutput {
   template <class P>
   void write(const Tiling::Group& g, int64_t index, int64_t begin, int64_t end, const P& m,
              int64_t first) const {
+    if (moments) moments->counts[index] = g.height * g.width;
     for_vectors(begin, end, y.C, m, [&](int64_t c, const float* from, auto lanes) {
+      if (moments) return write_moments(g, index, c, from, lanes, m, first);
       const auto write_tiles = [&](auto value_of) {
         for_tiles_of(g, kTile, first, [&](int64_t tile, int64_t h, int64_t w) {
           T* to = y.at(g.n, h, w) + c;
@@ -119,12 +151,37 @@ struct RawOutput {
       else
         write_tiles([](vfloat value) { return value; });
     });
-    if (!moments) return;
-    const int64_t c = begin * kBlock;
+  }
+
+ private:
+  // One vector of channels, and its moments.
+  template <class P, class Lanes>
+  void write_moments(const Tiling::Group& g, int64_t index, int64_t c, const float* from,
+                     Lanes lanes, const P& m, int64_t first) const {
+    Deviations<2> deviations;
+    for_tiles_of(g, kTile, first, [&](int64_t tile, int64_t h, int64_t w) {
+      T* const to = y.at(g.n, h, w) + c;
+      const int64_t height = y.H - h, width = y.W - w, sh = y.sh, sw = y.sw;
+      auto of_tile = deviations;  // in registers
+      transform_tile<kTile>(
+          m, from + tile * kBlock, height, width, [&](int i, int j, vfloat value) {
+            T* const at = to + i * sh + j * sw;
+            store(at, value, lanes);
+            of_tile.add(i, std::is_same_v<T, float> ? value : load(at, lanes));  // as it is stored
+          });
+      if (tile == first) {  // now that there is a mean
+        const int64_t rows = std::min<int64_t>(height, kTile);
+        const int64_t columns = std::min<int64_t>(width, kTile);
+        of_tile.start(rows * columns);
+        for (int i = 0; i < rows; ++i)
+          for (int j = 0; j < columns; ++j) of_tile.add(i, load(to + i * sh + j * sw, lanes));
+      }
+      deviations = of_tile;
+    });
+    const int64_t count = g.height * g.width;
     auto* mean = moments->values.data() + index * 2 * y.C + c;
-    moments->counts[index] = g.height * g.width;
-    chunk_moments(y.at(g.n, g.h, g.w) + c, g.height, y.sh, g.width, y.sw,
-                  std::min(end * kBlock, y.C) - c, mean, mean + y.C);
+    store(mean, deviations.mean(count), lanes);
+    store(mean + y.C, deviations.m2(count), lanes);
   }
 };
 

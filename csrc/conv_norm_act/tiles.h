@@ -110,6 +110,7 @@ struct Panels {
   float* at(int64_t point, int64_t b, int64_t tile = 0) const {
     return data + point * plane() + b * block() + tile * kBlock;
   }
+  Operand<float> part(int64_t point, int64_t b) const { return {at(point, b), block(), plane()}; }
 };
 
 // Scratch memory, handed out from the front.
@@ -257,7 +258,7 @@ class Reader {
   void read(const Tiling::Group& g, int64_t begin, int64_t end, const Panels& v, int64_t tile,
             float* scratch, Prefetch& lines, int64_t parts) const {
     for (int64_t b = begin; b < end; ++b) {
-      lines.advance(parts);
+      lines.ask(parts);
       read(g, b, v, tile, scratch);
     }
   }

@@ -104,13 +104,8 @@ struct PackedWeight {
   }
   int64_t block() const { return K * kBlock; }
 
-  // The blocks from n on, and inputs from k on: point by point, as products read them.
-  struct Part {
-    F* data;
-    int64_t plane, block;
-    F* at(int64_t point) const { return data + point * plane; }
-  };
-  Part part(int64_t n, int64_t k) const { return {at(0, n) + k * kBlock, plane(n), block()}; }
+  // The blocks from n on, and inputs from k on.
+  Operand<F> part(int64_t n, int64_t k) const { return {at(0, n) + k * kBlock, block(), plane(n)}; }
 
  private:
   static int64_t floats_before(int64_t K) {

@@ -243,9 +243,8 @@ class WeightGrad {
                 bool add, Prefetch& lines) const {
     const int64_t count = std::min<int64_t>(kBlocks, blocks_of(dy_.C) - o);
     const int64_t inputs = std::min<int64_t>(kBlock, x_.C - i * kBlock);
-    for (int p = 0; p < points; ++p)
-      correlate(v.at(p, i), inputs, d.at(p, o), d.block(), count, v.tiles,
-                product + p * kProductPlane, kProductRow, add, lines.next(kPoints * pairs()));
+    correlate(v.part(0, i), inputs, d.part(0, o), count, points, v.tiles,
+              {product, kProductRow, kProductPlane}, add, lines, kPoints / points * pairs());
   }
 
   int64_t sum_block() const { return x_.C * kTaps * kBlock; }

@@ -109,7 +109,7 @@ class ConvTranspose {
 
  private:
   // Of gradients by group: so few that lines for the next are asked for between short products.
-  static constexpr int64_t kGroupPixels = 64, kPanel = 2 * kRows, kSharePixels = 2048;
+  static constexpr int64_t kGroupPixels = 64, kSharePixels = 2048;
   // Of operands by batch, in L3.
   static constexpr int64_t kOperandBytes = 8 << 20, kBatchPixels = 2048;
 
@@ -143,9 +143,8 @@ class ConvTranspose {
         Prefetch lines;
         if (index + 1 < count) prefetch_read(dy, tiling.group(index + 1), lines);
         if (dx.dz.data) lines.add(dx.dz.read_only(), g.n, g.h, g.h + g.rows, g.w, g.w + g.columns);
-        const int64_t products = ceil_div(g.tiles(), kPanel) * ceil_div(ib_, int64_t{kBlocks});
-        const int64_t turns =
-            (dweight ? ib_ * ob_ * (kBlock / kGradRows) : 0) + (dx.dz.data ? products : 0);
+        const int64_t parts =
+            (dweight ? ib_ * ob_ : 0) + (dx.dz.data ? ceil_div(ib_, int64_t{kBlocks}) : 0);
         for (int64_t b = 0; b < grad_blocks(); ++b) read_grad(dy, g, b, d + b * block);
         for (int64_t o = 0; o < ob_; ++o)
           sum_bias_grad(d, block, o, g.tiles(), bias_sums + index * O_);
@@ -155,15 +154,13 @@ class ConvTranspose {
             for (int64_t i = 0; i < ib_; ++i)
               correlate_pair(v + i * block, i, d + o * block, block, g.tiles(),
                              sums + share * sum_floats() + (i * ob_ + o) * kPair, index > first,
-                             lines, turns);
+                             lines, parts);
         }
         if (!dx.dz.data) continue;
         for (int64_t b = 0; b < ib_; b += kBlocks) {
           const int64_t blocks = std::min<int64_t>(kBlocks, ib_ - b);
-          for (int64_t p = 0; p < g.tiles(); p += kPanel)
-            multiply(d + p * kBlock, block, u + b * grad_inputs() * kBlock, grad_inputs() * kBlock,
-                     grad_inputs(), m + p * kBlock, block, blocks, std::min(kPanel, g.tiles() - p),
-                     false, lines.next(turns));
+          multiply({d, block}, {u + b * grad_inputs() * kBlock, grad_inputs() * kBlock},
+                   grad_inputs(), {m, block}, blocks, 1, g.tiles(), false, lines, parts);
           for (int64_t i = 0; i < blocks; ++i) write_input_grad(g, index, b + i, m + i * block, dx);
         }
       }
@@ -223,7 +220,8 @@ class ConvTranspose {
         float* u = thread_workspace().get(kBlocks * (K * kBlock + block));
         float* m = u + kBlocks * K * kBlock;
         for (int64_t i = 0; i < count; ++i) pack_inputs(b + i, u + i * K * kBlock);
-        multiply(d, block, u, K * kBlock, K, m, block, count, pixels, false);
+        Prefetch none;
+        multiply({d, block}, {u, K * kBlock}, K, {m, block}, count, 1, pixels, false, none, 1);
         for (int64_t g = first; g < last; ++g)
           for (int64_t i = 0; i < count; ++i)
             write_input_grad(tiling.group(g), g, b + i, m + i * block + offsets[g - first] * kBlock,
@@ -266,10 +264,11 @@ class ConvTranspose {
     v += r * g.columns * kBlock;
     for (int64_t p = 0; p < panels; ++p) {
       const int64_t w = g.columns * p / panels, count = g.columns * (p + 1) / panels - w;
-      Ahead ahead(lines.next(ob_ * g.rows * panels), {}, kWindow / kBlocks, ceil_div(I_, kStep));
+      lines.share(ob_ * g.rows * panels, kWindow / kBlocks, ceil_div(I_, kStep));
       with_rows<kRows>(count, [&](auto rows) {
         for (int t = 0; t < kWindow; t += kBlocks) {
           Sums<rows, kBlocks> sums;
+          const Ahead& ahead = lines.panel();
           sums.add_products(v + w * kBlock, block_floats(g.tiles()), u + t * I_ * kBlock,
                             I_ * kBlock, I_, ahead);
           T* to = y.at(g.n, 2 * (g.h + r) + t / 2, 2 * (g.w + w) + t % 2) + c;
@@ -313,14 +312,12 @@ class ConvTranspose {
     }
   }
 
-  // v: block i of the inputs, d: a block of the outputs' gradients of the first tap. Each product
-  // asks for one of `parts` shares of `lines`.
+  // v: block i of the inputs, d: a block of the outputs' gradients of the first tap.
   void correlate_pair(const float* v, int64_t i, const float* d, int64_t block, int64_t pixels,
                       float* sum, bool add, Prefetch& lines, int64_t parts) const {
     const int64_t inputs = std::min<int64_t>(kBlock, I_ - i * kBlock);
-    for (int64_t k = 0; k < inputs; k += kGradRows)
-      correlate(v + k, std::min<int64_t>(kGradRows, inputs - k), d, ob_ * block, kWindow, pixels,
-                sum + k * kWindow * kBlock, kWindow * kBlock, add, lines.next(parts));
+    correlate({v, block}, inputs, {d, ob_ * block}, kWindow, 1, pixels, {sum, kWindow * kBlock},
+              add, lines, parts);
   }
 
   // What a group reads.

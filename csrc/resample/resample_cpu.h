@@ -381,7 +381,7 @@ class ResampleBwd {
     std::fill_n(columns + w1 * C, (place_.W - w1) * C, A(0));
     const int64_t parts = ceil_div(w1 - w0, tile_pixels(C)) * ceil_div(C, kLanes);
     for_tiles(w1 - w0, C, [&](int64_t p, int64_t end, int64_t c, auto lanes) {
-      lines.advance(parts);
+      lines.ask(parts);
       const T* from = dz_.at(n, first + place_.top, w0 + place_.left) + c;
       const A* weights = rows.weights.data() + (first - rows.first);
       for (; p < end; ++p) {

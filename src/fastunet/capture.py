@@ -126,10 +126,10 @@ def capture(model: nn.Module, example: Tensor) -> Captured:
     """Records the model's inference, for inputs like ``example``.
 
     On a GPU as a CUDA graph: weights are packed and norms folded once, not at each call. On a CPU
-    as a program of the kernel calls that it comes down to, with the 3x3 weights transformed once,
-    which takes four times their memory (seven times for few channels and large maps); where the
-    model calls anything else, it runs as always. Under the caller's autocast. Forward hooks may run
-    while recording only.
+    as a program of the kernel calls that it comes down to, with the 3x3 weights (but for the
+    smallest maps') transformed once, which takes four times their memory (seven times for few
+    channels and large maps); where the model calls anything else, it runs as always. Under the
+    caller's autocast. Forward hooks may run while recording only.
 
     Args:
         model: in evaluation mode; not moved or converted afterwards.
