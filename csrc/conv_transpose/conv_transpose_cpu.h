@@ -262,15 +262,14 @@ class ConvTranspose {
     alignas(64) float add[kBlock] = {};
     for (int64_t i = 0; bias && i < std::min<int64_t>(kBlock, O_ - c); ++i) add[i] = bias[c + i];
     v += r * g.columns * kBlock;
+    lines.share(ob_ * g.rows, panels * (kWindow / kBlocks), ceil_div(I_, kStep));
     for (int64_t p = 0; p < panels; ++p) {
       const int64_t w = g.columns * p / panels, count = g.columns * (p + 1) / panels - w;
-      lines.share(ob_ * g.rows * panels, kWindow / kBlocks, ceil_div(I_, kStep));
       with_rows<kRows>(count, [&](auto rows) {
         for (int t = 0; t < kWindow; t += kBlocks) {
           Sums<rows, kBlocks> sums;
-          const Ahead& ahead = lines.panel();
           sums.add_products(v + w * kBlock, block_floats(g.tiles()), u + t * I_ * kBlock,
-                            I_ * kBlock, I_, ahead);
+                            I_ * kBlock, I_, lines.panel());
           T* to = y.at(g.n, 2 * (g.h + r) + t / 2, 2 * (g.w + w) + t % 2) + c;
           sums.each([&](int pixel, int tap, int i, vfloat sum) {
             const int lanes = static_cast<int>(std::clamp<int64_t>(O_ - c - i, 0, kLanes));
