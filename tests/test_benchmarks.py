@@ -30,7 +30,9 @@ from benchmarks.network_cases import FLOORS, Network, network_case
 from benchmarks.plot import plot
 from benchmarks.timing import ratio_interval, summary
 
-TINY = Network(4, True, 49, 67)
+# In float64 no argument of a ReLU is nearer to 0, and no two values of a pooling window nearer to
+# each other, than 6e-5 (49x67: 5e-6), so that rounding flips none, whatever the instruction set.
+TINY = Network(4, True, 33, 55)
 # The deepest level of base 16 has the fewest pixels.
 SMALL = "base16-level(4-one|3-up|1-max_pool|0-classes2)/"
 RESAMPLE = "base16-level1-max_pool/forward"
