@@ -24,7 +24,8 @@ from fastunet.triton import convolution, selection, tuning
 from fastunet.triton.selection import CUDNN, MATERIALISED, ON_LOAD, Layer
 
 VARIANTS = {
-    "bilinear": ({"bilinear": True}, (13, 11)),
+    "bilinear": ({"bilinear": True, "depth": 1}, (5, 7)),
+    "bilinear, deeper": ({"bilinear": True}, (13, 11)),
     "transposed": ({"bilinear": False, "conv_bias": True}, (12, 16)),
     "defaults": ({"depth": 4, "base_channels": 2}, (16, 16)),
     "no norm": ({"norm": "none", "bilinear": True, "depth": 1}, (5, 8)),

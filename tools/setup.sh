@@ -21,5 +21,9 @@ elif has_cuda_torch "$python"; then
 else
     pip -r requirements/cpu.txt
 fi
+# A build that this processor cannot run would not be tested either.
+if [ -r /proc/cpuinfo ] && ! grep -qw avx512f /proc/cpuinfo; then
+    export FASTUNET_BUILDS=${FASTUNET_BUILDS:-default avx2}
+fi
 # Without isolation: an isolated build would download a torch of its own.
 FASTUNET_CPU=${FASTUNET_CPU:-1} FASTUNET_HOST_CUDA=${FASTUNET_HOST_CUDA:-1} pip --no-build-isolation -e '.[test,lint]'
