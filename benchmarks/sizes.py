@@ -2,7 +2,8 @@
 
 Odd and large images, batches and widths between the powers of two, against a 256x256 image: of the
 same width, or for widths between by what the two neighbours make of it; and two threads against
-one. Interleaved; writes a JSON file into ``results/``.
+one, beside what a matrix product gains by them, as two processors may be one core's. Interleaved;
+writes a JSON file into ``results/``.
 """
 
 import functools
@@ -68,6 +69,8 @@ def measure(cases: list[Network], phase: str, rounds: int) -> dict[Network, dict
         }
         if network == basis and torch.get_num_threads() > 1:
             works["one thread"] = functools.partial(on_one_thread, works["basis"])
+            works["product"] = functools.partial(torch.mm, *torch.randn(2, 512, 512))
+            works["product, one thread"] = functools.partial(on_one_thread, works["product"])
         turns = rounds if network.batch > 1 else 4 * rounds
         times = interleave(works, turns, 0.05, "cpu")
         found[network] = {name: quantile(values, 0.5) for name, values in times.items()}
@@ -98,6 +101,8 @@ def rows(
                 "ns_per_pixel": per_pixel * 1e9,
                 "ratio": per_pixel / of_basis * of_width,
                 "speedup_of_threads": times.get("one thread", 0) / times["network"] or None,
+                "of_a_product": times.get("product, one thread", 0) / times.get("product", 1)
+                or None,
             }
         )
     return table

@@ -166,6 +166,7 @@ def test_time_per_pixel():
         Network(base, True, 256, 256): {"network": s, "basis": s, "one thread": 2 * s}
         for base, s in seconds.items()
     }
+    found[Network(16, True, 256, 256)] |= {"product": 2.0, "product, one thread": 3.0}
     # In slow minutes:
     found[Network(24, True, 256, 256)] = {"network": 4.0, "basis": 4.0, "one thread": 6.0}
     found[Network(16, True, 128, 256, 8)] = {"network": 8.0, "basis": 2.0}
@@ -173,6 +174,8 @@ def test_time_per_pixel():
     table = {row["name"]: row for row in sizes.rows(found, of_widths, "step")}
     assert table["base16-bilinear-256x256"]["ratio"] == 1
     assert table["base16-bilinear-256x256"]["speedup_of_threads"] == 2
+    assert table["base16-bilinear-256x256"]["of_a_product"] == 1.5
+    assert table["base24-bilinear-256x256"]["of_a_product"] is None
     share = (24**2 - 16**2) / (32**2 - 16**2)
     assert table["base24-bilinear-256x256"]["ratio"] == pytest.approx(2 / (1 + 2 * share))
     batch = table["base16-bilinear-128x256-batch8"]

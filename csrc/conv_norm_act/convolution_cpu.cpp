@@ -23,7 +23,8 @@ Weight weight_view(const Tensor& weight, bool turned) {
 // skip connection comes in as well, little of the network is left to go wrong from it.
 template <class F>
 void with_tile_forward(const Weight& weight, int64_t H, int64_t W, bool exact, F f) {
-  with_tile(H, W, !exact && few_weights(weight.K * weight.N), f);
+  const int64_t pairs = weight.K * weight.N;
+  with_tile(H, W, pairs, !exact && few_weights(pairs), f);
 }
 
 template <class T>
@@ -167,7 +168,7 @@ class SourceBwd {
 template <class T>
 void source_grads(const Input<T>& x, const Input<T>& grad, const Weight& weight, float* dweight,
                   std::vector<SourceBwd<T>>& of) {
-  with_tile(x.H, x.W, true, [&](auto tile) {
+  with_tile(x.H, x.W, x.C * grad.C, true, [&](auto tile) {
     SourceGrads<T, tile> output;
     for (SourceBwd<T>& source : of) output.parts.push_back(source.template part<tile>());
     convolution_bwd<tile>(x, grad, weight, dweight, output);
@@ -232,7 +233,9 @@ void conv_norm_act_bwd(MaybeTensor dweight, MaybeTensor dgamma, MaybeTensor dbet
                       false);
     }
     if (of.empty()) {
-      if (to) with_tile(x.H, x.W, true, [&](auto tile) { WeightGrad<tile, T>(x, grad, to).run(); });
+      if (to)
+        with_tile(x.H, x.W, x.C * grad.C, true,
+                  [&](auto tile) { WeightGrad<tile, T>(x, grad, to).run(); });
       return;
     }
     Weight turned = weight_view(weight, true);

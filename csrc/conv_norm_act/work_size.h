@@ -31,6 +31,9 @@ inline int64_t l2_bytes() { return cache_bytes<kL2Name>(256 << 10, 2 << 20, 512 
 // Measured on Zen 4 and 5 with 1 MB of L2 per core and 32 MB of L3, see docs/performance-log.md:
 // pixels of a map from which tiles of 6 are faster;
 inline constexpr int64_t kLargeMap = 96 * 96;
+// the same with AVX2, where products take twice as long beside transforms (Zen 3),
+// up to so many bytes of their weights;
+inline constexpr int64_t kLargeMapAvx2 = 48 * 48, kLargeMapBytes = 8 << 20;
 // bytes of their weights from which tiles of 4 are faster forward where L2 has 2 MB, with AVX-512;
 inline constexpr int64_t kLargeTileBytes = 1 << 20;
 // tiles in a group whose weights stay in L2;
@@ -78,19 +81,25 @@ inline bool few_weights(int64_t pairs) {
   return kLanes < 16 || l2_bytes() < 2 << 20 || pairs * points_of(6) * 4 < kLargeTileBytes;
 }
 
-// Calls f with the side of the tiles for maps of H x W, a compile-time number: 6, if they may be
-// large, on large maps where that saves a tenth of the products, not much of it being lost in tiles
-// that reach beyond the map; elsewhere 4, whose rounding errors are a quarter, and in builds for
-// any x86-64, which are slow anyway, and compile in half the time so.
+// Pixels from which maps are large, for so many pairs of channels.
+inline int64_t large_map(int64_t pairs) {
+  const bool small = kLanes < 16 && pairs * points_of(6) * 4 <= kLargeMapBytes;
+  return small ? kLargeMapAvx2 : kLargeMap;
+}
+
+// Calls f with the side of the tiles for `pairs` of channels of maps of H x W, a compile-time
+// number: 6, if they may be large, on large maps where that saves a tenth of the products, not much
+// of it being lost in tiles that reach beyond the map; elsewhere 4, whose rounding errors are a
+// quarter, and in builds for any x86-64, which are slow anyway, and compile in half the time so.
 template <class F>
-void with_tile(int64_t H, int64_t W, bool large, F f) {
+void with_tile(int64_t H, int64_t W, int64_t pairs, bool large, F f) {
 #if defined(__x86_64__) && !defined(__AVX2__)
   return f(std::integral_constant<int, 4>{});
 #else
   const auto products = [&](int64_t tile) {
     return ceil_div(H, tile) * ceil_div(W, tile) * points_of(tile);
   };
-  if (large && H * W >= kLargeMap && products(6) * 10 <= products(4) * 9)
+  if (large && H * W >= large_map(pairs) && products(6) * 10 <= products(4) * 9)
     f(std::integral_constant<int, 6>{});
   else
     f(std::integral_constant<int, 4>{});

@@ -52,7 +52,7 @@ LARGE = {
         parameters=ALL,
     ),
     # more transformed tiles than are held at a time
-    "many ranges": conv("none", Source(530, 66, 62, slope=1.0), out_channels=17, n=1),
+    "many ranges": conv("none", Source(530, 46, 48, slope=1.0), out_channels=17, n=2),
     # both gradients from what is read once, in tiles of 6 and of 4
     "shared": conv("batch", Source(20, 191, 203, slope=1.0), out_channels=18, slope=1.0, n=1),
     "shared by a pair": conv(
@@ -63,7 +63,7 @@ LARGE = {
         slope=1.0,
         n=1,
     ),
-    "shared in small tiles": conv("frozen", Source(8, 88, 90, slope=1.0), slope=1.0, n=3),
+    "shared in small tiles": conv("frozen", Source(8, 46, 48, slope=1.0), slope=1.0, n=10),
     # tiles of 6 by range
     "large ranges": conv("group", Source(150, 100, 101, slope=1.0), out_channels=72, n=1),
     # the weight's gradient by batches of 64 to 66 tiles; 64 by 8 blocks of channels lie otherwise
