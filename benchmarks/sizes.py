@@ -68,9 +68,9 @@ def measure(cases: list[Network], phase: str, rounds: int) -> dict[Network, dict
             "basis": make(basis, phase, FASTUNET, Setting()).run,
         }
         if network == basis and torch.get_num_threads() > 1:
-            works["one thread"] = functools.partial(on_one_thread, works["basis"])
             works["product"] = functools.partial(torch.mm, *torch.randn(2, 512, 512))
-            works["product, one thread"] = functools.partial(on_one_thread, works["product"])
+            for name in ("network", "product"):
+                works[f"{name}, one thread"] = functools.partial(on_one_thread, works[name])
         turns = rounds if network.batch > 1 else 4 * rounds
         times = interleave(works, turns, 0.05, "cpu")
         found[network] = {name: quantile(values, 0.5) for name, values in times.items()}
@@ -82,6 +82,12 @@ def on_one_thread(work: Callable[[], object]) -> None:
     torch.set_num_threads(1)
     work()
     torch.set_num_threads(threads)
+
+
+def speedup(times: dict[str, float], name: str) -> float | None:
+    """Of a work by the threads, where it was measured on one as well."""
+    one = times.get(f"{name}, one thread")
+    return one / times[name] if one else None
 
 
 def rows(
@@ -100,9 +106,8 @@ def rows(
                 "seconds": times["network"],
                 "ns_per_pixel": per_pixel * 1e9,
                 "ratio": per_pixel / of_basis * of_width,
-                "speedup_of_threads": times.get("one thread", 0) / times["network"] or None,
-                "of_a_product": times.get("product, one thread", 0) / times.get("product", 1)
-                or None,
+                "speedup_of_threads": speedup(times, "network"),
+                "of_a_product": speedup(times, "product"),
             }
         )
     return table

@@ -163,12 +163,12 @@ def test_time_per_pixel():
     square = 256 * 256
     seconds = {16: 1.0, 32: 3.0}
     found = {
-        Network(base, True, 256, 256): {"network": s, "basis": s, "one thread": 2 * s}
+        Network(base, True, 256, 256): {"network": s, "basis": s, "network, one thread": 2 * s}
         for base, s in seconds.items()
     }
     found[Network(16, True, 256, 256)] |= {"product": 2.0, "product, one thread": 3.0}
     # In slow minutes:
-    found[Network(24, True, 256, 256)] = {"network": 4.0, "basis": 4.0, "one thread": 6.0}
+    found[Network(24, True, 256, 256)] = {"network": 4.0, "basis": 4.0, "network, one thread": 6.0}
     found[Network(16, True, 128, 256, 8)] = {"network": 8.0, "basis": 2.0}
     of_widths = {base: s / square for base, s in (seconds | {24: 2.0}).items()}
     table = {row["name"]: row for row in sizes.rows(found, of_widths, "step")}
