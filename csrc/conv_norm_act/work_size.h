@@ -74,16 +74,21 @@ inline int64_t shares_of(int64_t groups, int64_t units, int64_t worth) {
   return std::min(groups, std::clamp(wanted, kLeastShares, kMostShares));
 }
 
-// Whether tiles of 6 may be faster than tiles of 4 forward: not where their weights, 64 for each of
-// `pairs` of channels, come from an L3 that is slow beside the products, which with AVX2 take twice
+// Of the weights of so many pairs of channels, transformed for tiles of 6.
+inline int64_t large_tile_bytes(int64_t pairs) {
+  return pairs * points_of(6) * static_cast<int64_t>(sizeof(float));
+}
+
+// Whether tiles of 6 may be faster than tiles of 4 forward: not where their weights, for so many
+// pairs of channels, come from an L3 that is slow beside the products, which with AVX2 take twice
 // as long.
 inline bool few_weights(int64_t pairs) {
-  return kLanes < 16 || l2_bytes() < 2 << 20 || pairs * points_of(6) * 4 < kLargeTileBytes;
+  return kLanes < 16 || l2_bytes() < 2 << 20 || large_tile_bytes(pairs) < kLargeTileBytes;
 }
 
 // Pixels from which maps are large, for so many pairs of channels.
 inline int64_t large_map(int64_t pairs) {
-  const bool small = kLanes < 16 && pairs * points_of(6) * 4 <= kLargeMapBytes;
+  const bool small = kLanes < 16 && large_tile_bytes(pairs) <= kLargeMapBytes;
   return small ? kLargeMapAvx2 : kLargeMap;
 }
 
