@@ -63,7 +63,7 @@ def test_policies(policy):
     assert_same_step(step(compiled, x), step(fast, x))
 
 
-@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("mode", sampled(["train", "eval"], ["train"]))
 @variants
 def test_one_graph(options, mode):
     """Logits, gradients and running statistics of two steps, without a graph break."""
@@ -74,7 +74,11 @@ def test_one_graph(options, mode):
         assert_same_step(step(compiled, x), step(fast, x))
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    sampled([torch.contiguous_format, torch.channels_last], [torch.channels_last]),
+    ids=str,
+)
 def test_inductor(layout):
     _, fast = double_pair(bilinear=True)
     fast = fast.to(memory_format=layout)
@@ -96,7 +100,7 @@ def test_autocast():
 
 
 @pytest.mark.parametrize("mode", sampled(["train", "eval"], ["train"]))
-@pytest.mark.parametrize("options", sampled(VARIANTS, VARIANTS[:2]), ids=name_of)
+@pytest.mark.parametrize("options", sampled(VARIANTS, VARIANTS[:1]), ids=name_of)
 def test_dynamic_sizes(options, mode):
     """The first size is not square, and no other size or batch compiles anything again."""
     _, fast = double_pair(mode=mode, **options)
@@ -157,7 +161,7 @@ def test_export_with_dynamic_sizes(strict):
 
 
 @pytest.mark.parametrize("autocast", sampled([False, True], [False]), ids=["fp32", "bf16"])
-@pytest.mark.parametrize("bilinear", [False, True], ids=["transposed", "bilinear"])
+@pytest.mark.parametrize("bilinear", sampled([False, True], [True]), ids=["transposed", "bilinear"])
 def test_saves_no_more_than_eager(bilinear, autocast):
     model = FastUNet(3, 2, bilinear, **SMALL | {"base_channels": 8, "depth": 3})
     x = random(2, 3, 64, 48)

@@ -24,6 +24,7 @@ from networks import (
     step,
     to_mode,
 )
+from sampling import sampled
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -115,7 +116,7 @@ def test_gradients_have_the_strides_of_parameters(options, model_format):
         assert grad.stride() == p.stride(), name
 
 
-@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("mode", sampled(["train", "eval"], ["train"]))
 @pytest.mark.parametrize("bilinear", [False, True], ids=["transposed", "bilinear"])
 def test_carvana_at_half_size(bilinear, mode):
     x = channels_last(random(1, 3, 640, 959, dtype=torch.float64))
@@ -539,7 +540,12 @@ def work(rank, world, path, norm, policy):
 
 @pytest.mark.parametrize(
     ("norm", "policy", "processes"),
-    [("batch", None, 1), ("group", "light", 1), ("batch", None, 2), ("batch", "full", 2)],
+    [
+        pytest.param("batch", None, 1, marks=pytest.mark.slow),
+        ("group", "light", 1),
+        pytest.param("batch", None, 2, marks=pytest.mark.slow),
+        ("batch", "full", 2),
+    ],
 )
 def test_data_parallel(norm, policy, processes, tmp_path):
     """The mean of the processes' gradients is the gradient of their joint batch."""

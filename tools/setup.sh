@@ -8,7 +8,8 @@ python=$1
 venv=$2
 
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
-pip() { "$venv/bin/python" -m pip --disable-pip-version-check install -q "$@"; }
+# What is not imported need not be compiled to byte code.
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check install -q --no-compile "$@"; }
 has_cuda_torch() { "$1" -c 'import sys, torch; sys.exit(torch.version.cuda is None)' 2>/dev/null; }
 
 pip 'setuptools>=77' wheel ninja

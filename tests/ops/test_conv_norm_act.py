@@ -246,7 +246,7 @@ def test_network(backend, norm):
     assert_within(evaluate(fast, tensors), evaluate(plain, tensors), FP64_BUDGET)
 
 
-@every_norm
+@pytest.mark.parametrize("norm", sampled(NORMS, ["none", "batch", "group"]))
 def test_registration(backend, norm):
     read = Source(3, 3, 4, BILINEAR, (0, -1), "each")
     skip = Source(2, *read.size, rows="one" if norm in ("batch", "group") else "plain")
