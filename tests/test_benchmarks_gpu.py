@@ -212,6 +212,7 @@ def test_ceilings(monkeypatch, job, capsys):
     assert "copy, TB/s" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_passes(monkeypatch, job):
     """Each pass of each backend that is right, with its rate."""
     if extension.load_cuda("cuda_host"):
@@ -236,6 +237,7 @@ def test_passes(monkeypatch, job):
         assert row["bytes_per_second"] == row["bytes"] / quantile(row["seconds"], 0.5)
 
 
+@pytest.mark.slow
 def test_operators(monkeypatch, job):
     job.pattern = "level(4-one|3-up|1-max_pool|0-classes2)/"
     shapes = Shapes((4,), 64, 2)

@@ -91,7 +91,7 @@ INPUTS = {
 @pytest.mark.parametrize("n_channels", [1, 3])
 @pytest.mark.parametrize("layout", INPUTS)
 @pytest.mark.parametrize("model_format", [torch.contiguous_format, torch.channels_last], ids=str)
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", sampled(NORMS, ["batch", "instance"]))
 def test_logits_format(norm, model_format, layout, n_channels, n_classes):
     for batch in (1, 2):
         x = INPUTS[layout](random(batch, n_channels, 13, 11))
@@ -117,7 +117,9 @@ def test_gradients_have_the_strides_of_parameters(options, model_format):
 
 
 @pytest.mark.parametrize("mode", sampled(["train", "eval"], ["train"]))
-@pytest.mark.parametrize("bilinear", [False, True], ids=["transposed", "bilinear"])
+@pytest.mark.parametrize(
+    "bilinear", sampled([False, True], [False]), ids=["transposed", "bilinear"]
+)
 def test_carvana_at_half_size(bilinear, mode):
     x = channels_last(random(1, 3, 640, 959, dtype=torch.float64))
     plain, fast = double_pair(bilinear=bilinear, base_channels=2, depth=4, mode=mode)

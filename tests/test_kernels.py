@@ -85,6 +85,7 @@ print(len(first), "kernels")
     assert int(python(code, 0).stdout.split()[0]) > 5
 
 
+@pytest.mark.slow
 def test_faults_are_found(tmp_path):
     """Blocks that do not fit a chip's shared memory are a fault, and the exit status says so."""
     code = (

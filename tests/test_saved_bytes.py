@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from sampling import sampled
 from torch import nn
 
 from fastunet import FastUNet
@@ -72,7 +73,7 @@ def test_memory_is_what_is_counted(bilinear, dtype):
     assert held.live_bytes - logits == pytest.approx(counted - image, rel=0.05)
 
 
-@pytest.mark.parametrize("bilinear", [False, True], ids=["transposed", "bilinear"])
+@pytest.mark.parametrize("bilinear", sampled([False, True], [True]), ids=["transposed", "bilinear"])
 def test_held_at_full_size(bilinear):
     """The same shares by the allocator's own count, nothing of it fake."""
     x = torch.randn(SIZE)

@@ -321,6 +321,7 @@ except RuntimeError as error:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of the address space are Linux's")
+@pytest.mark.slow
 def test_under_a_limit():
     """What the plain network cannot do under a limit, FastUNet can, by itself."""
 

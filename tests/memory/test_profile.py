@@ -31,6 +31,7 @@ def report():
     )
 
 
+@pytest.mark.slow
 def test_side_by_side(report):
     assert [run.name for run in report.runs] == [*NAMES, "plan"]
     peaks = [run.peak for run in report.runs]

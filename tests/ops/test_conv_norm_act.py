@@ -188,7 +188,7 @@ def test_no_samples(backend, norm, rows):
     check_empty(conv(norm, Source(3, rows=rows), n=0, parameters=ALL))
 
 
-@every_norm
+@pytest.mark.parametrize("norm", sampled(NORMS, ["none", "batch", "group"]))
 @pytest.mark.parametrize("rows", sampled(["plain", "each"], ["each"]))
 def test_gradcheck(backend, norm, rows):
     """The producer at the center it computes.
