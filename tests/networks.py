@@ -12,6 +12,7 @@ from fastunet.reference import UNet
 SMALL = {"base_channels": 4, "depth": 2}
 NORMS = (nn.BatchNorm2d, nn.InstanceNorm2d, nn.GroupNorm)
 MODES = ("train", "eval", "frozen", "mixed")
+FORMATS = (torch.contiguous_format, torch.channels_last)
 LAYOUTS = ("contiguous", "input", "model", "both")  # what is channels_last
 
 Step = dict[str, Tensor]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from networks import pair, random
+from networks import FORMATS, pair, random
 from torch import nn
 
 import fastunet
@@ -45,11 +45,11 @@ def test_under_autocast(backend):
         assert torch.equal(got, model(x))
 
 
-@pytest.mark.parametrize("first", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("first", FORMATS)
 def test_memory_formats(first):
     x = random(1, 3, 32, 32)
     model, recording = captured(x.to(memory_format=first))
-    for other in (torch.contiguous_format, torch.channels_last):
+    for other in FORMATS:
         with torch.inference_mode():
             assert torch.equal(recording(x.to(memory_format=other)), model(x))
 

@@ -4,7 +4,17 @@ import copy
 
 import pytest
 import torch
-from networks import SMALL, assert_same_step, distances, double_pair, pair, random, step, to_mode
+from networks import (
+    FORMATS,
+    SMALL,
+    assert_same_step,
+    distances,
+    double_pair,
+    pair,
+    random,
+    step,
+    to_mode,
+)
 from sampling import sampled
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -71,11 +81,7 @@ def test_one_graph(options, mode):
         assert_same_step(step(compiled, x), step(fast, x))
 
 
-@pytest.mark.parametrize(
-    "layout",
-    sampled([torch.contiguous_format, torch.channels_last], [torch.channels_last]),
-    ids=str,
-)
+@pytest.mark.parametrize("layout", sampled(FORMATS, [torch.channels_last]), ids=str)
 def test_inductor(layout):
     _, fast = double_pair(bilinear=True)
     fast = fast.to(memory_format=layout)

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from networks import (
+    FORMATS,
     SMALL,
     assert_bitwise,
     assert_same_step,
@@ -90,7 +91,7 @@ INPUTS = {
 @pytest.mark.parametrize("n_classes", [1, 2])
 @pytest.mark.parametrize("n_channels", [1, 3])
 @pytest.mark.parametrize("layout", INPUTS)
-@pytest.mark.parametrize("model_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("model_format", FORMATS, ids=str)
 @pytest.mark.parametrize("norm", sampled(NORMS, ["batch", "instance"]))
 def test_logits_format(norm, model_format, layout, n_channels, n_classes):
     for batch in (1, 2):
@@ -104,7 +105,7 @@ def test_logits_format(norm, model_format, layout, n_channels, n_classes):
         torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("model_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("model_format", FORMATS, ids=str)
 @variants
 def test_gradients_have_the_strides_of_parameters(options, model_format):
     model = pair(**options)[1].to(memory_format=model_format)

@@ -6,6 +6,7 @@ import types
 import pytest
 import torch
 from networks import (
+    FORMATS,
     SMALL,
     assert_same_step,
     channels_last,
@@ -24,8 +25,6 @@ from fastunet.activation import NEAREST, Activation, Concat
 from fastunet.ops import materialize
 from fastunet.reference import UNet
 from fastunet.unet import DoubleConv, Down, Up
-
-FORMATS = (torch.contiguous_format, torch.channels_last)
 
 MODULES = (
     "",

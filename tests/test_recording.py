@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from networks import random
+from networks import FORMATS, random
 from torch import nn
 from torch.autograd.graph import save_on_cpu
 
@@ -207,7 +207,7 @@ def test_sums_by_kernels(autocast, depth, sums, monkeypatch):
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("layout", FORMATS)
 def test_inputs_with_gradients(autocast, layout):
     model, twin = twins()
     for m in (model, twin):

@@ -31,7 +31,7 @@ VARIANTS = {
     "no norm": ({"norm": "none", "bilinear": True, "depth": 1}, (5, 8)),
     "group": ({"norm": "group", "activation": "leaky_relu", "depth": 1}, (5, 8)),
 }
-SAMPLE = ("group", "bilinear")  # interpreted, the rest takes two minutes
+SAMPLE = ("bilinear", "group")  # interpreted, the rest takes a minute
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def own_cache(tmp_path, monkeypatch):
         known.cache_clear()
 
 
-@pytest.mark.parametrize("variant", sampled(VARIANTS, SAMPLE[:1]))
+@pytest.mark.parametrize("variant", sampled(VARIANTS, ["group"]))
 def test_training(variant):
     """Logits, gradients and running statistics, at most twice as far from float64 as plain
     PyTorch's."""

@@ -15,7 +15,9 @@ LANES = 16  # of fp32
 # side; a multiplication and an addition are one.
 INPUT, OUTPUT = {4: 14, 6: 26}, {4: 14, 6: 20}
 GRAD = {4: 13, 6: 18}
-LARGE_MAP = 96 * 96
+# Pixels from which tiles are of 6, with AVX2 alone for so many bytes of their weights
+# (csrc/conv_norm_act/work_size.h).
+LARGE_MAP, LARGE_MAP_AVX2, LARGE_MAP_BYTES = 96 * 96, 48 * 48, 8 << 20
 
 
 class Layer(NamedTuple):
@@ -65,14 +67,16 @@ def weight_grad(layer: Layer, tile: int) -> tuple[float, float]:
     return tiles * (products + reading) + values, 4.0 * side**2 * (inputs + 2 * outputs)
 
 
-def tile_of(layer: Layer) -> int:
-    return 6 if layer.side**2 >= LARGE_MAP else 4
+def tile_of(layer: Layer, avx2: bool) -> int:
+    few_weights = layer.inputs * layer.outputs * 64 * 4 <= LARGE_MAP_BYTES
+    return 6 if layer.side**2 >= (LARGE_MAP_AVX2 if avx2 and few_weights else LARGE_MAP) else 4
 
 
 @click.command()
 @click.option("--gflops", default=500.0, show_default=True, help="Peak of all cores, fp32.")
 @click.option("--bandwidth", default=44.0, show_default=True, help="GB/s of a copy in memory.")
-def main(gflops: float, bandwidth: float) -> None:
+@click.option("--avx2", is_flag=True, help="Tiles as AVX2 alone has them.")
+def main(gflops: float, bandwidth: float, avx2: bool) -> None:
     """Least times of inference and of a training step."""
 
     def seconds(instructions: float, nbytes: float) -> float:
@@ -82,7 +86,7 @@ def main(gflops: float, bandwidth: float) -> None:
     for base, batch in ((64, 1), (32, 1), (16, 1), (32, 2), (16, 4)):
         inference = step = products = 0.0
         for i, layer in enumerate(layers(base)):
-            tile = tile_of(layer)
+            tile = tile_of(layer, avx2)
             inference += seconds(*forward(layer, tile))
             products += 18 * layer.side**2 * layer.inputs * layer.outputs
             step += seconds(*forward(layer, 4))

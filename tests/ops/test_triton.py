@@ -136,8 +136,16 @@ SHAPES = {
 
 
 # Interpreted, these take longest, and others are like them.
-LONG = ("multiples of 8", "one channel each", "described", "pair of several blocks")
-LONG += ("described, two tiles", "described, cropped", "one column", "transposed, wide")
+LONG = (
+    "multiples of 8",
+    "one channel each",
+    "one column",
+    "pair of several blocks",
+    "described",
+    "described, two tiles",
+    "described, cropped",
+    "transposed, wide",
+)
 
 
 @one_way
