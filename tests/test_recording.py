@@ -27,8 +27,8 @@ VARIANTS = {
     "up first": {"concat_order": "up_first", "activation": "leaky_relu"},
     "instance": {"norm": "instance", "bilinear": True},
     "group": {"norm": "group"},
-    "no norm": {"norm": "none"},
-    "deep": {"depth": 4, "bilinear": True},
+    "no norm": {"norm": "none", "conv_bias": True},
+    "deep": {"depth": 4, "bilinear": True, "n_classes": 21},
 }
 STEPS = 4  # by layers, recorded, and two by programs
 

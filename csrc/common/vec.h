@@ -149,8 +149,9 @@ FASTUNET_INLINE A sum_lanes(vec<A> v) {
 }
 
 // Pixels whose channels for_tiles takes at a time.
+inline constexpr int64_t kTilePixels = 32;  // at most
 inline int64_t tile_pixels(int64_t channels) {
-  return channels >= 512 ? 2 : channels > 32 ? 1024 / channels : 32;
+  return channels >= 512 ? 2 : channels > 32 ? 1024 / channels : kTilePixels;
 }
 
 // Calls f(first pixel, end pixel, channel, lanes) over [0, pixels) x [0, channels): tiles small

@@ -2,19 +2,20 @@
 
 #include "common/binding.h"
 #include "common/parallel.h"
+#include "head/many_classes.h"
 
 namespace fastunet {
 namespace {
 
-// Calls f with the number of classes, rounded up to a power of two, as a compile-time number.
+// Calls f with the number of classes, rounded up to a power of two and at most kClasses, as a
+// compile-time number.
 template <class F>
 void dispatch_classes(int64_t classes, F f) {
-  require(classes >= 1 && classes <= kMaxClasses, "this kernel takes 1 to ", kMaxClasses,
-          " classes, got ", classes);
+  require(classes >= 1, "the head must have at least one class, got ", classes);
   if (classes == 1) return f(std::integral_constant<int, 1>{});
   if (classes == 2) return f(std::integral_constant<int, 2>{});
   if (classes <= 4) return f(std::integral_constant<int, 4>{});
-  f(std::integral_constant<int, kMaxClasses>{});
+  f(std::integral_constant<int, kClasses>{});
 }
 
 template <class T>
@@ -36,6 +37,8 @@ void head(Tensor out, const Tensor y, const MaybeTensor center, const MaybeTenso
     const A* w = rows<const A>(weight, K * s.y.C, "weight");
     const A* b = rows<const A>(bias, K, "bias");
     const Logits<T> to = logits_view<T>(out, s.y, K);
+    if constexpr (std::is_same_v<A, float>)
+      if (K > kFewClasses && s.y.C) return ManyClasses<T>(s, w, K).forward(b, to);
     dispatch_classes(K, [&](auto most) {
       parallel_tasks(s.y.N * s.y.H, [&](int64_t row) {
         head_row<most>(s, w, b, K, to, row / s.y.H, row % s.y.H);
@@ -66,19 +69,33 @@ void head_bwd(MaybeTensor dy, MaybeTensor dscale, MaybeTensor dshift, Tensor dwe
     A* dweight_out = rows<A>(dweight, K * C, "dweight");
     A* dbias_out = rows<A>(dbias, K, "dbias");
     const Chunks chunks(s.y.N, s.y.H, s.y.W, 1024);
-    const int64_t stride = (2 + K) * C + K;
-    std::vector<A> partials(chunks.count() * stride);
+    // Of each chunk [stride]: rows of dscale, dshift and dweight, then dbias.
+    std::vector<A> partials;
+    const auto write = [&](int64_t stride, int64_t row, int64_t dbias) {
+      const auto sum = [&](int64_t at, int64_t count, int64_t rows, A* to) {
+        if (to) sum_chunks(partials.data() + at, chunks.count(), stride, count, rows, to);
+      };
+      sum(0, C, rows_out, dscale_out);
+      sum(row, C, rows_out, dshift_out);
+      for (int64_t k = 0; k < K; ++k) sum((2 + k) * row, C, 1, dweight_out + k * C);
+      sum(dbias, K, 1, dbias_out);
+    };
+    if constexpr (std::is_same_v<A, float>)
+      if (K > kFewClasses && C) {
+        const ManyClasses<T> many(s, w, K);
+        partials.resize(chunks.count() * many.sums());
+        many.backward(from, to, chunks, partials.data());
+        return write(many.sums(), many.row(), many.dbias());
+      }
+    const int64_t dbias_at = (2 + K) * C, stride = dbias_at + K;
+    partials.resize(chunks.count() * stride);
     dispatch_classes(K, [&](auto most) {
       parallel_tasks(chunks.count(), [&](int64_t k) {
         for (int64_t h = chunks.begin(k); h < chunks.end(k); ++h)
           head_bwd_row<most>(s, w, K, from, to, chunks.sample(k), h, partials.data() + k * stride);
       });
     });
-    const A* sums = partials.data();
-    if (dscale_out) sum_chunks(sums, chunks.count(), stride, C, rows_out, dscale_out);
-    if (dshift_out) sum_chunks(sums + C, chunks.count(), stride, C, rows_out, dshift_out);
-    sum_chunks(sums + 2 * C, chunks.count(), stride, K * C, 1, dweight_out);
-    sum_chunks(sums + (2 + K) * C, chunks.count(), stride, K, 1, dbias_out);
+    write(stride, C, dbias_at);
   });
 }
 

@@ -1,5 +1,6 @@
-// head: the 1x1 convolution to few classes over one source, read and activated on the fly, and its
-// backward in one pass. More than kMaxClasses are a matrix product, which a GEMM does better.
+// head: the 1x1 convolution to the classes over one source, read and activated on the fly, and its
+// backward in one pass; kClasses at a time, while the source's pixels stay in L1. More than a few
+// are products (many_classes.h), but in float64.
 #pragma once
 
 #include <algorithm>
@@ -9,8 +10,8 @@
 
 namespace fastunet {
 
-inline constexpr int kMaxClasses = 8;
-inline constexpr int kPixels = 4;  // at a time, forward
+inline constexpr int kClasses = 8;  // at a time, at most
+inline constexpr int kPixels = 4;   // at a time, forward
 
 // Logits [N, K, H, W] with any strides.
 template <class T>
@@ -32,7 +33,7 @@ FASTUNET_INLINE void store_one(T& to, acc_t<T> value) {
   store(&to, splat(value), 1);
 }
 
-// K: as many classes as there are, or more: kernels are compiled for powers of two.
+// K: the classes at a time; kernels are compiled for powers of two.
 
 // The products of pixels [first, first + kPixels) with weight, [classes, C], to to[k][pixel]; y:
 // the channels of pixel 0. The last pixel and class take the places of those that are not there.
@@ -67,16 +68,19 @@ void head_row(const Source<T>& s, const acc_t<T>* weight, const acc_t<T>* bias, 
   for (int64_t w = 0; w < s.y.W; w += kLanes) {
     const int count = static_cast<int>(std::min<int64_t>(kLanes, s.y.W - w));
     const T* y = s.y.at(n, h, w);
-    A values[K][kLanes] = {};
-    for (int p = 0; p < count; p += kPixels)
-      head_pixels<K>(s, weight, classes, n, y, p, count, values);
-    for (int k = 0; k < classes; ++k) {
-      T* to = &out.at(n, k, h, w);
-      const vec<A> logits = load(values[k]) + splat(bias ? bias[k] : A(0));
-      if (out.sw == 1)
-        store(to, logits, count);
-      else
-        for (int i = 0; i < count; ++i) store_one(to[i * out.sw], logits[i]);
+    for (int64_t first = 0; first < classes; first += K) {
+      const int64_t most = std::min<int64_t>(K, classes - first);
+      A values[K][kLanes] = {};
+      for (int p = 0; p < count; p += kPixels)
+        head_pixels<K>(s, weight + first * s.y.C, most, n, y, p, count, values);
+      for (int k = 0; k < most; ++k) {
+        T* to = &out.at(n, first + k, h, w);
+        const vec<A> logits = load(values[k]) + splat(bias ? bias[first + k] : A(0));
+        if (out.sw == 1)
+          store(to, logits, count);
+        else
+          for (int i = 0; i < count; ++i) store_one(to[i * out.sw], logits[i]);
+      }
     }
   }
 }
@@ -88,37 +92,47 @@ void head_bwd_row(const Source<T>& s, const acc_t<T>* weight, int64_t classes,
                   Logits<const T> dlogits, Map<T> dy, int64_t n, int64_t h, acc_t<T>* sums) {
   using A = acc_t<T>;
   using V = vec<A>;
-  const int64_t C = s.y.C, W = s.y.W;
+  const int64_t C = s.y.C, W = s.y.W, padded = ceil_div(classes, K) * K;
   A* dweight = sums + 2 * C;
   A* dbias = dweight + classes * C;
-  std::vector<A> grads(W * K);
+  std::vector<A> grads(W * padded);
   for (int64_t w = 0; w < W; ++w)
     for (int k = 0; k < classes; ++k)
-      dbias[k] += grads[w * K + k] = load_one(dlogits.at(n, k, h, w));
+      dbias[k] += grads[w * padded + k] = load_one(dlogits.at(n, k, h, w));
   const T* y = s.y.at(n, h);
-  for_tiles(W, C, [&](int64_t p, int64_t end, int64_t c, auto lanes) {
+  for_tiles(W, C, [&](int64_t begin, int64_t end, int64_t c, auto lanes) {
     const Channels<A> channel(s, n, c, lanes);
-    V column[K] = {}, dcolumn[K] = {}, dscale{}, dshift{};
-    for (int k = 0; k < classes; ++k) column[k] = load(weight + k * C + c, lanes);
-    for (; p < end; ++p) {
-      const A* grad = grads.data() + p * K;
-      const V value = load(y + p * s.y.sw + c, lanes), t = channel.preact(value);
-      const V z = channel.act(t);
-      V dz{};
-      for (int k = 0; k < K; ++k) {
-        dz += column[k] * grad[k];
-        dcolumn[k] += z * grad[k];
-      }
-      if (!dy.data) continue;
-      const V g = channel.act_bwd(dz, t);
-      store(dy.at(n, h, p) + c, channel.scale * g, lanes);
-      dscale += g * (value - channel.center);
-      dshift += g;
-    }
     const auto add = [&](A* to, V sum) { store(to + c, load(to + c, lanes) + sum, lanes); };
+    V dzs[kTilePixels];  // of the classes so far
+    V dscale{}, dshift{};
+    for (int64_t first = 0; first < classes; first += K) {
+      const int64_t most = std::min<int64_t>(K, classes - first);
+      V column[K] = {}, dcolumn[K] = {};
+      for (int k = 0; k < most; ++k) column[k] = load(weight + (first + k) * C + c, lanes);
+      for (int64_t p = begin; p < end; ++p) {
+        const A* grad = grads.data() + p * padded + first;
+        const V value = load(y + p * s.y.sw + c, lanes), t = channel.preact(value);
+        const V z = channel.act(t);
+        V dz{};
+        if (first) dz = dzs[p - begin];
+        for (int k = 0; k < K; ++k) {
+          dz += column[k] * grad[k];
+          dcolumn[k] += z * grad[k];
+        }
+        if (!dy.data) continue;
+        if (first + K < classes) {
+          dzs[p - begin] = dz;
+          continue;
+        }
+        const V g = channel.act_bwd(dz, t);
+        store(dy.at(n, h, p) + c, channel.scale * g, lanes);
+        dscale += g * (value - channel.center);
+        dshift += g;
+      }
+      for (int k = 0; k < most; ++k) add(dweight + (first + k) * C, dcolumn[k]);
+    }
     add(sums, dscale);
     add(sums + C, dshift);
-    for (int k = 0; k < classes; ++k) add(dweight + k * C, dcolumn[k]);
   });
 }
 

@@ -189,7 +189,7 @@ def dbias_of(
         return center.new_zeros(channels)
     dscale, dshift = (torch.zeros_like(scale) if t is None else t for t in grads[1:])
     if norm.kind == "none":
-        return dshift.sum(0)
+        return dshift.squeeze(0).clone()
     if norm.kind == "frozen":
         return (scale * dshift).sum(0)
     # GroupNorm: the bias moves y itself, and the group's statistics with every other channel.
