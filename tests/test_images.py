@@ -96,6 +96,24 @@ def test_modes_of_png(tmp_path):
     assert torch.equal(read_mask(path), torch.from_numpy(array[..., 0] % 4).long())
 
 
+def test_gif(tmp_path):
+    """An image is RGB, of greys too; a mask the palette's indices; one frame, not several."""
+    path = tmp_path / "a.gif"
+    array = integers(20, 30)
+    for grey in (array, np.arange(256, dtype=np.uint8).reshape(16, 16)):
+        Image.fromarray(grey).save(path)
+        assert_reads(path, np.stack([grey] * 3))
+    indices = Image.fromarray(array % 2, "P")
+    indices.putpalette([9, 9, 9, 255, 0, 0])
+    indices.save(path)
+    assert_reads(path, np.asarray(indices.convert("RGB")).transpose(2, 0, 1))
+    assert torch.equal(read_mask(path), torch.from_numpy(array % 2).long())
+    indices.save(path, save_all=True, append_images=[Image.fromarray(array)])
+    for read in (read_image, read_mask):
+        with pytest.raises(ValueError, match=r"a.gif' cannot be read: it must be one frame, got 2"):
+            read(path)
+
+
 def test_exif_orientation_is_applied(tmp_path):
     array = integers(16, 32, 3)
     picture = Image.fromarray(array)
@@ -286,6 +304,7 @@ WRONG = {
     "text.png": (b"no picture", "cannot be read: cannot identify image file"),
     "truncated.png": (png(GREY)[:2000], "cannot be read: image file is truncated"),
     "truncated.jpg": (png(GREY, "JPEG")[:900], "cannot be read: image file is truncated"),
+    "truncated.gif": (png(GREY, "GIF")[:2000], "cannot be read: image file is truncated"),
     "text.tif": (b"no picture", "cannot be read: not a TIFF file"),
     "truncated.tif": (tiff(GREY)[:2000], "cannot be read: "),
     "tiles.tif": (tiff(GREY, tile=(16, 16))[:2000], "cannot be read: it is truncated"),
@@ -310,7 +329,7 @@ WRONG = {
     "nan.npy": (npy(np.array([[1.0, np.nan]])), "must have finite float32 values, got NaN"),
     "huge.npy": (npy(np.array([[1.0, 1e300]])), "must have finite float32 values, got NaN or"),
     "inf.tif": (tiff(np.full((8, 8), np.inf, np.float32)), "must have finite float32 values"),
-    "a.bmp": (b"BM", "cannot be read: its name must end in .png, .jpg, .jpeg, .tif, .tiff, .npy"),
+    "a.bmp": (b"BM", "cannot be read: its name must end in .png, .jpg, .jpeg, .gif, .tif, .tiff"),
 }
 
 
@@ -375,6 +394,7 @@ def damaged(rng, content):
 VALID = {
     ".png": [png(GREY), png(integers(20, 30, 3)), png(integers(9, 9, dtype=np.uint16))],
     ".jpg": [png(GREY, "JPEG"), png(integers(20, 30, 3), "JPEG", quality=90)],
+    ".gif": [png(GREY, "GIF"), png(integers(20, 30, 3), "GIF")],
     ".tif": [
         tiff(GREY),
         tiff(GREY, tile=(16, 16), compression="zlib"),

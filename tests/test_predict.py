@@ -1,8 +1,10 @@
 """Prediction by tiles against the whole image, and ``fastunet predict``."""
 
+import re
 import subprocess
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -118,12 +120,13 @@ def test_the_whole_image_is_the_models_own_output(kind, size):
     assert torch.equal(fastunet.predict(model, x[0]), one)
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 9), (2, 3), (3, 40)])
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (2, 3), (3, 40), (4, 9)])
 @pytest.mark.parametrize("norm", ["batch", "instance"])
 def test_small_images_are_reflected(size, norm):
+    """To what the model takes: of instance norm's maps none may be a single pixel."""
     model = pair(norm=norm)[1].eval()
     x = random(3, *size)
-    least = MULTIPLE * (2 if norm == "instance" else 1)
+    least = MULTIPLE * (2 if norm == "instance" and max(size) < 2 * MULTIPLE else 1)
     pad = [(0, 0), *((0, max(least - n, 0)) for n in size)]
     padded = torch.from_numpy(np.pad(x.numpy(), pad, mode="reflect"))
     with torch.no_grad():
@@ -318,10 +321,10 @@ def files(folder):
 
 
 def expected_mask(checkpoint, path):
-    known = checkpoints.load(checkpoint)
-    image = checkpoints.normalize(read_image(path), known["input"])
-    model = checkpoints.load_model(checkpoint)
-    return torch.tensor(VALUES)[fastunet.predict(model, image, classes=True)]
+    model, prepare = checkpoints.load_model(checkpoint)
+    return torch.tensor(VALUES)[
+        fastunet.predict(model, read_image(path), classes=True, prepare=prepare)
+    ]
 
 
 @pytest.mark.parametrize("most", [2**26, 1000], ids=["png", "tif"])
@@ -364,6 +367,48 @@ def test_one_image_without_overlay(tmp_path, checkpoint):
     )
 
 
+def test_what_is_there_is_kept(tmp_path, checkpoint):
+    """The files that would be written alone are looked at; what is asked for is replaced."""
+    image, out = tmp_path / "a.png", tmp_path / "out"
+    picture(image, 40, 30)
+    (out / "overlays").mkdir(parents=True)
+    kept = out / "overlays" / "a.png"
+    kept.write_text("mine")
+    arguments = (image, "--checkpoint", checkpoint, "--out", out)
+    done = invoke(*arguments)
+    assert done.exit_code == 1
+    assert done.output == (
+        f"Error: out must not hold '{kept}' yet: pass --overwrite to replace it.\n"
+    )
+    assert files(out) == ["overlays/a.png"]
+    assert invoke(*arguments, "--no-overlay").exit_code == 0
+    done = invoke(*arguments, "--no-overlay")
+    assert f"out must not hold '{out / 'masks' / 'a.png'}' yet" in done.output
+    assert kept.read_text() == "mine"
+    done = invoke(*arguments, "--overwrite")
+    assert done.exit_code == 0, done.output
+    assert read_image(kept).shape == (3, 40, 30)
+
+
+def test_the_documented_script(tmp_path, checkpoint, monkeypatch):
+    """Predicts as the command does: with the normalisation of the training."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    checkpoint.rename("run/best.pt")
+    picture(tmp_path / "photo.jpg", 60, 50)
+    picture(tmp_path / "slide.tif", 45, 70)
+    text = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    (script,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    found = {}
+    exec(script, found)
+    for classes, name in (
+        (found["logits"].argmax(0), "photo.jpg"),
+        (torch.from_numpy(np.load("classes.npy")).long(), "slide.tif"),
+    ):
+        assert torch.equal(torch.tensor(VALUES)[classes], expected_mask("run/best.pt", name))
+        assert len(classes.unique()) == 3
+
+
 def test_a_damaged_image_does_not_stop_the_others(tmp_path, checkpoint):
     folder = tmp_path / "in"
     folder.mkdir()
@@ -403,6 +448,7 @@ def test_what_is_said_before_anything_is_written(tmp_path, checkpoint):
         ((good, "--checkpoint", good / "a.png"), "checkpoint '"),
         ((good, "--checkpoint", good / "b.pt"), "b.pt' is not a file."),
         ((tmp_path / "masks", "--out", tmp_path), "out must not be where it would replace"),
+        ((tmp_path / "masks", "--out", tmp_path, "--overwrite"), "out must not be where it would"),
         ((good, "--out", tmp_path / "file"), "file"),
         ((good, "--til", "a"), "No such option"),
     ):
@@ -479,8 +525,7 @@ def test_memory_does_not_follow_the_images_size(tmp_path, checkpoint):
         found = mask.pixels(slice(3000, 3200), slice(1800, 2000))[0]
     with ImageFile(tmp_path / "large.tif") as image:
         around = image[:, 2700:3500, 1500:2300]
-    known = checkpoints.load(checkpoint)
-    model = checkpoints.load_model(checkpoint)
-    logits = fastunet.predict(model, checkpoints.normalize(around, known["input"]), classes=True)
-    expected = torch.tensor(VALUES)[logits][300:500, 300:500]
+    model, prepare = checkpoints.load_model(checkpoint)
+    classes = fastunet.predict(model, around, classes=True, prepare=prepare)
+    expected = torch.tensor(VALUES)[classes][300:500, 300:500]
     assert (torch.from_numpy(found.astype(np.int64)) != expected).double().mean() < 0.1

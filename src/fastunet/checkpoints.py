@@ -11,11 +11,12 @@ A checkpoint is a dictionary that ``torch.load(weights_only=True)`` reads:
     training        what resuming needs (see ``fastunet.training``); absent in a checkpoint to use
 """
 
+import functools
 import inspect
 import io
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import safetensors.torch
@@ -71,21 +72,25 @@ def load(path: str | os.PathLike) -> Checkpoint:
     return dict(checkpoint)
 
 
-def load_model(path: str | os.PathLike) -> FastUNet:
-    """The model of a checkpoint that ``save`` wrote, on the CPU, in training mode.
+def load_model(
+    source: str | os.PathLike | Checkpoint,
+) -> tuple[FastUNet, Callable[[Tensor], Tensor]]:
+    """The model of a checkpoint, and what an image needs before: ``model(prepare(image))``.
+
+    The model is on the CPU and in evaluation mode; ``prepare`` is ``normalize`` with the
+    checkpoint's ``input``, as ``fastunet.predict`` takes it.
+
+    Args:
+        source: path of a file that ``save`` wrote, or what ``load`` returned.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is truncated, corrupt, or not a FastUNet checkpoint.
     """
-    return model_of(load(path))
-
-
-def model_of(checkpoint: Checkpoint) -> FastUNet:
-    """The model of a checkpoint as ``load`` returns it."""
+    checkpoint = source if isinstance(source, dict) else load(source)
     model = FastUNet(**checkpoint["config"])
     model.load_state_dict(checkpoint["state_dict"])
-    return model
+    return model.eval(), functools.partial(normalize, input=checkpoint["input"])
 
 
 def normalize(image: Tensor, input: Mapping[str, Any]) -> Tensor:

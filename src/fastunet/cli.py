@@ -1,9 +1,10 @@
 """The command line: ``fastunet ...`` and ``python -m fastunet ...``."""
 
+import contextlib
 import json
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import click
 
 from . import __version__, bound
 from . import doctor as diagnosis
+from .tiling import TILE
 from .training.settings import Settings
 
 
@@ -158,16 +160,30 @@ def profile(
             measure=measure,
             snapshot=snapshot,
         )
+        # First, as it may have taken long, and a file below may not be writable.
+        click.echo(json.dumps(report.to_dict(), indent=2) if as_json else report)
         if plan_file is not None:
             if report.plan is None:
                 raise ValueError("a plan needs a budget that can be met")
-            report.plan.save(plan_file)
-        files = memory.draw(report, pictures) if pictures is not None else []
-    except (ValueError, RuntimeError) as error:
+            with writing(plan_file):
+                report.plan.save(plan_file)
+        if pictures is not None:
+            with writing(pictures):
+                files = memory.draw(report, pictures)
+            for file in files:
+                click.echo(file, err=as_json)
+    except (ValueError, RuntimeError, OSError) as error:
         raise click.UsageError(f"{str(error).rstrip('.')}.") from None
-    click.echo(json.dumps(report.to_dict(), indent=2) if as_json else report)
-    for file in files:
-        click.echo(file, err=as_json)
+
+
+@contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise click.ClickException(
+            f"{str(path)!r} must be writable, got: {error.strerror or error}."
+        ) from None
 
 
 def of_training(command: Callable) -> Callable:
@@ -178,7 +194,7 @@ def of_training(command: Callable) -> Callable:
         kind: Any = str if default is None else type(default)
         if about["choices"]:
             kind = click.Choice(about["choices"])
-        elif "Folder" in about["help"]:
+        elif about["help"].startswith(("Folder", "File")):
             kind = click.Path(path_type=Path)
         elif kind is bool:
             flag, kind = (f"{flag}/--no-{entry.name}" if default else flag), None
@@ -187,10 +203,16 @@ def of_training(command: Callable) -> Callable:
             type=kind,
             is_flag=kind is None,
             default=default,
-            show_default=default is not None and kind is not None,
+            show_default=default not in (None, "") and kind is not None,
             help=about["help"],
         )(command)
     return command
+
+
+def lacking(what: str, extra: str, error: Exception) -> click.ClickException:
+    return click.ClickException(
+        f"{what} needs more packages, `pip install 'fastunet[{extra}]'` gets them: {error}."
+    )
 
 
 @main.command()
@@ -205,11 +227,11 @@ def train(**options: Any) -> None:
         from .training.loop import Interrupted
         from .training.loop import train as run
     except (ImportError, RuntimeError) as error:
-        raise click.ClickException(
-            f"training needs more packages, `pip install 'fastunet[train]'` gets them: {error}."
-        ) from None
+        raise lacking("training", "train", error) from None
     try:
         run(settings)
+    except ImportError as error:  # what one kind of data alone needs
+        raise lacking("training", "train", error) from None
     except Interrupted as stop:
         click.echo(f"{stop}.", err=True)
         raise SystemExit(128 + stop.signal) from None
@@ -224,19 +246,18 @@ def train(**options: Any) -> None:
 @click.argument("images", type=click.Path(path_type=Path))
 @click.option("--checkpoint", required=True, type=click.Path(path_type=Path), help="Of a training.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write to.")
-@click.option("--tile", default=768, show_default=True, help="Side of a tile in pixels.")
+@click.option("--tile", default=TILE, show_default=True, help="Side of a tile in pixels.")
 @click.option("--overlap", type=int, help="Of two tiles, in pixels.  [default: by the depth]")
 @click.option("--batch-size", default=1, show_default=True, help="Tiles at once.")
 @click.option("--overlay/--no-overlay", "overlays", default=True, help="Also write overlays.")
+@click.option("--overwrite", is_flag=True, help="Replace files that are in --out already.")
 @click.option("--device", help="Such as cpu or cuda:1.  [default: a GPU if there is one]")
 def predict(images: Path, **options: Any) -> None:
     """Write the mask, and an overlay, of an image or of every image of a folder."""
     try:
         from .prediction import predict_files
     except ImportError as error:
-        raise click.ClickException(
-            f"predicting needs more packages, `pip install 'fastunet[predict]'` gets them: {error}."
-        ) from None
+        raise lacking("predicting", "predict", error) from None
     logging.getLogger("tifffile").disabled = True  # what it says of a damaged file, we say too
     try:
         faults = predict_files(images, **options)

@@ -44,16 +44,16 @@ class ImageFile:
 
     A window is a [C, h, w] float32 tensor. Integers are scaled to 0..1 by their type's range,
     floating-point values are as stored. Of a NPY, an uncompressed TIFF, or one in tiles or strips,
-    only the window is read; a PNG, a JPEG or a TIFF in one compressed piece is decoded as a whole,
-    once.
+    only the window is read; a PNG, a JPEG, a GIF or a TIFF in one compressed piece is decoded as a
+    whole, once.
 
     Channels: an alpha channel of a PNG is left out, a palette becomes RGB; all samples, or all
     pages, of a TIFF's first series are channels; a NPY is [H, W], [C, H, W] or [H, W, C], where
     the shorter of the first and last dimension holds the channels (of two equal ones the first).
-    EXIF orientation is applied.
+    A GIF is RGB, and must have one frame. EXIF orientation is applied.
 
     Args:
-        path: of a .png, .jpg, .jpeg, .tif, .tiff or .npy file.
+        path: of a .png, .jpg, .jpeg, .gif, .tif, .tiff or .npy file.
 
     Raises:
         FileNotFoundError: there is no such file.

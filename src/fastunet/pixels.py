@@ -1,6 +1,6 @@
 """What is in an image file, in the file's own order: whole, mapped, or by tiles and strips.
 
-PNG and JPEG through Pillow, TIFF through tifffile, NPY through numpy.
+PNG, JPEG and GIF through Pillow, TIFF through tifffile, NPY through numpy.
 """
 
 import contextlib
@@ -15,7 +15,8 @@ import tifffile
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".npy")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".tif", ".tiff", ".npy")
+PILLOW = ("PNG", "JPEG", "GIF")  # what it may take a file for
 
 Layout = tuple[int, int, int, int]  # planes, height, width, samples: planes * samples channels
 
@@ -39,7 +40,7 @@ def open_source(path: str, labels: bool) -> Source:
         return Mapped(lambda: with_planes(np.lib.format.open_memmap(path, mode="r")))
     if suffix in (".tif", ".tiff"):
         return open_tiff(path, labels)
-    if suffix in (".png", ".jpg", ".jpeg"):
+    if suffix in (".png", ".jpg", ".jpeg", ".gif"):
         return Picture(path, labels)
     raise ValueError(f"its name must end in {', '.join(SUFFIXES)}")
 
@@ -72,12 +73,16 @@ class Mapped:
 
 
 class Picture:
-    """A PNG or JPEG: its size is known at once, its pixels when the first are asked for."""
+    """A PNG, JPEG or GIF: its size is known at once, its pixels when the first are asked for."""
 
     def __init__(self, path: str, labels: bool):
         self.path, self.labels = path, labels
         self.array: NDArray | None = None
-        with Image.open(path, formats=("PNG", "JPEG")) as picture:
+        with Image.open(path, formats=PILLOW) as picture:
+            if picture.format == "GIF" and (frames := getattr(picture, "n_frames", 1)) > 1:
+                raise ValueError(f"it must be one frame, got {frames}")
+            # Of some palettes of a GIF, Pillow says that they are greys; not of all such.
+            self.rgb = picture.format == "GIF" and not labels
             # Turning and converting one pixel tells what becomes of all.
             probe = self.converted(Image.new(picture.mode, (1, 1)))
             # Of a PNG, Pillow would decode all to find what may stand behind the pixels.
@@ -90,7 +95,9 @@ class Picture:
     def converted(self, picture: Image.Image) -> NDArray:
         """[H, W, C]"""
         mode = picture.mode
-        if mode == "I":  # how Pillow has had 16-bit greys
+        if self.rgb:
+            array = np.asarray(picture.convert("RGB"))
+        elif mode == "I":  # how Pillow has had 16-bit greys
             array = np.asarray(picture).astype(np.uint16)
         elif mode in ("1", "L", "RGB") or mode.startswith("I;16") or (self.labels and mode == "P"):
             array = np.asarray(picture)
@@ -100,7 +107,7 @@ class Picture:
 
     def read(self, rows: slice, columns: slice) -> NDArray:
         if self.array is None:
-            with Image.open(self.path, formats=("PNG", "JPEG")) as picture:
+            with Image.open(self.path, formats=PILLOW) as picture:
                 upright = ImageOps.exif_transpose(picture) if self.exif else picture
                 self.array = self.converted(upright)[None]
         return self.array[:, rows, columns]

@@ -1,6 +1,5 @@
 """What ``fastunet predict`` does: masks and overlays of image files, from a checkpoint."""
 
-import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from .checkpoints import load, model_of, normalize
+from .checkpoints import load, load_model
 from .images import SUFFIXES, ImageFile, contrast, mask_type, overlay, write_bands
 from .tiling import check_tiles, predict_bands, trim_memory
 
@@ -30,32 +29,38 @@ def predict_files(
     batch_size: int = 1,
     overlays: bool = True,
     device: str | None = None,
+    overwrite: bool = False,
 ) -> list[str]:
     """Writes ``out/masks/NAME.png`` and ``out/overlays/NAME.png`` of an image or a folder's images.
 
     At the images' sizes; beyond 2**26 pixels as ``.tif``, piece by piece. A mask has the values
     that the masks of the training had. ``tile``, ``overlap`` and ``batch_size`` as of
-    ``fastunet.predict``.
+    ``fastunet.predict``. With ``overwrite`` files of these names are replaced, but never an image
+    itself.
 
     Returns:
         A sentence for each image whose pixels turned out to be damaged; the others are written.
 
     Raises:
         FileNotFoundError: there is no such image, folder or checkpoint.
-        ValueError: one of the arguments or of the images' headers is not right; nothing has been
-            written then.
+        ValueError: one of the arguments or of the images' headers is not right, or a file is there
+            already; nothing has been written then.
         OSError: a file cannot be written.
     """
     where = device_of(device)
     known = load(checkpoint)
-    model = model_of(known).to(where)
+    model, prepare = load_model(known)
+    model = model.to(where)
     check_tiles(model.depth, tile, overlap, batch_size)
     values = known["mask_values"]
     values = torch.tensor(values if model.n_classes > 1 else [0, *values])
     dtype = mask_type(int(values.max()))
     if values.min() < 0:
         raise ValueError(f"the checkpoint's mask values must be in 0..65535, got {values.tolist()}")
-    jobs = find_jobs(Path(source), Path(out), model.n_channels)
+    folders = ("masks", "overlays") if overlays else ("masks",)
+    jobs = find_jobs(
+        Path(source), [Path(out, folder) for folder in folders], model.n_channels, overwrite
+    )
     pixels = sum(height * width for _, _, (_, height, width) in jobs)
     faults = []
     with tqdm(total=pixels / 1e6, unit="MP", disable=None) as progress:
@@ -70,7 +75,7 @@ def predict_files(
                         overlap,
                         batch_size,
                         classes=True,
-                        prepare=functools.partial(normalize, input=known["input"]),
+                        prepare=prepare,
                     )
                     mask = Path(out, "masks", name)
                     mask.parent.mkdir(parents=True, exist_ok=True)
@@ -88,8 +93,13 @@ def predict_files(
     return faults
 
 
-def find_jobs(source: Path, out: Path, channels: int) -> list[tuple[Path, str, tuple]]:
-    """Each image, the name of what is written of it, and its shape; all headers are read."""
+def find_jobs(
+    source: Path, folders: list[Path], channels: int, overwrite: bool
+) -> list[tuple[Path, str, tuple]]:
+    """Each image, the name of what is written of it into the folders, and its shape.
+
+    All headers are read.
+    """
     paths = [source]
     if source.is_dir():
         paths = sorted(p for p in source.iterdir() if p.suffix.lower() in SUFFIXES)
@@ -111,9 +121,13 @@ def find_jobs(source: Path, out: Path, channels: int) -> list[tuple[Path, str, t
                 f"got '{jobs[path.stem][0]}' and '{path}'"
             )
         name = f"{path.stem}{'.png' if shape[1] * shape[2] <= PNG_PIXELS else '.tif'}"
-        for folder in ("masks", "overlays"):
-            if (out / folder / name).resolve() == path.resolve():
+        for file in (folder / name for folder in folders):
+            if not file.exists():
+                continue
+            if file.samefile(path):
                 raise ValueError(f"out must not be where it would replace the image '{path}'")
+            if not overwrite:
+                raise ValueError(f"out must not hold '{file}' yet: pass --overwrite to replace it")
         jobs[path.stem] = (path, name, shape)
     return [*jobs.values()]
 

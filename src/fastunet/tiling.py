@@ -22,6 +22,7 @@ from .weights import unwrap
 # A logit sees at most 7 * 2**depth - 5 pixels to each side, and an overlap's outermost 7/16 are not
 # used: with an overlap of this many times 2**depth, tiles equal the whole.
 OVERLAP = 16
+TILE = 768  # side of a tile on the command line and in validation, in pixels
 BAND = 64  # rows at most that are given at once
 MIXED = 8  # one part in so many of an overlap is mixed
 
@@ -161,13 +162,15 @@ def run(model: nn.Module, x: Tensor, unet: UNet, prepare: Callable | None) -> Te
 def window(image: Any, n: int, row: "Part", part: "Part", unet: UNet) -> Tensor:
     """[C, h, w] of the n-th image, reflected to what the model takes at least."""
     found = read(image, n, slice(row.start, row.stop), slice(part.start, part.stop))
-    # A norm over each channel of a sample needs two pixels, at the bottom too.
+    least = 2**unet.depth
+    # A norm over each channel of a sample needs two pixels at the bottom.
     alone = any(
         isinstance(m, nn.InstanceNorm2d)
         or (isinstance(m, nn.GroupNorm) and m.num_groups == m.num_channels)
-        for m in unet.modules()
+        for m in unet.downs[-1].modules()
     )
-    least = 2**unet.depth * (2 if alone else 1)
+    if alone and max(found.shape[1:]) < 2 * least:
+        least *= 2
     for dim in (1, 2):
         if (length := found.size(dim)) < least:
             index = torch.arange(least, device=found.device) % max(2 * (length - 1), 1)

@@ -105,11 +105,11 @@ def assert_scores(folder: Path, out: Path) -> None:
     checkpoint = checkpoints.load(out / "last.pt")
     held_out = open_data(Settings(**options(folder, out))).validation
     assert len(held_out) == 2
-    model = checkpoints.load_model(out / "last.pt").eval()
+    model, prepare = checkpoints.load_model(out / "last.pt")
     pairs = []
     with torch.no_grad():
         for image, mask in (held_out[i] for i in range(len(held_out))):
-            logits = model(checkpoints.normalize(image[None], checkpoint["input"]))
+            logits = model(prepare(image[None]))
             pairs.append((logits.argmax(1).flatten(), mask.flatten()))
     found, true = (torch.cat(part) for part in zip(*pairs, strict=True))
     row = checkpoint["training"]["history"][-1]

@@ -46,13 +46,15 @@ def test_what_is_saved_is_loaded(tmp_path):
         assert loaded[name] == saved[name]
     assert torch.equal(loaded["training"]["random"]["cpu"], saved["training"]["random"]["cpu"])
 
-    model = checkpoints.load_model(str(path))
-    assert type(model) is FastUNet
-    assert model.training
-    original = FastUNet(**saved["config"])
+    original = FastUNet(**saved["config"]).eval()
     original.load_state_dict(saved["state_dict"])
     x = torch.rand(1, 3, 20, 30)
-    assert torch.equal(model(x), original(x))
+    for source in (str(path), loaded):
+        model, prepare = checkpoints.load_model(source)
+        assert type(model) is FastUNet
+        assert not model.training
+        assert torch.equal(model(x), original(x))
+        assert torch.equal(prepare(x), checkpoints.normalize(x, saved["input"]))
 
 
 def test_normalize():
@@ -149,7 +151,7 @@ def test_entries_that_do_not_fit(tmp_path, changes, match):
 def fault_of(path) -> str | None:
     """The one sentence that refuses a file; None for one whose model runs."""
     try:
-        model = checkpoints.load_model(path)
+        model, _ = checkpoints.load_model(path)
     except ValueError as error:
         return " and more lines" if "\n" in str(error) else str(error)
     with torch.no_grad():

@@ -1,6 +1,9 @@
 """What is read for training, what is refused, and what becomes of it."""
 
+import re
 import shutil
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,12 +38,20 @@ def pet_options(root, out, **changes) -> dict:
 
 
 @pytest.mark.parametrize(
-    "suffixes", [(".jpg", ".png"), (".tif", ".tiff"), (".npy", ".npy"), (".png", ".npy")]
+    "suffixes",
+    [
+        (".jpg", ".png"),
+        (".tif", ".tiff"),
+        (".npy", ".npy"),
+        (".png", ".npy"),
+        (".jpg", "_mask.gif"),
+    ],
 )
 def test_formats(tmp_path, suffixes):
     root = write_folder(tmp_path, suffixes, count=4)
     (root / "images" / "Thumbs.db").write_text("no image")
-    data = open_data(Settings(**options(root, tmp_path / "run")))
+    changes = {"mask_suffix": "_mask"} if suffixes[1].startswith("_mask") else {}
+    data = open_data(Settings(**options(root, tmp_path / "run", **changes)))
     assert len(data.train) == 3
     for part in data.train, data.validation:
         for index in range(len(part)):
@@ -91,12 +102,21 @@ def test_incomplete_pets(pets, tmp_path, gone, message):
 
 
 def test_mni152(tmp_path):
-    pytest.importorskip("nilearn", reason="needs nilearn, of fastunet[demo]")
+    pytest.importorskip("nilearn", reason="needs nilearn, of fastunet[train]")
     data = open_data(Settings(data="mni152", out=tmp_path))
     train_slices, held_out = mni152.load()
     assert len(data.train) == len(train_slices.z)
     assert torch.equal(data.validation[3][0], held_out.images[3])
     assert data.classes == ["other", "grey", "white"]
+
+
+def test_what_mni152_lacks_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "nilearn", None)
+    message = fails(["train", "--data", "mni152", "--out", str(tmp_path / "run")])
+    assert "`pip install 'fastunet[train]'` gets them: " in message
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    (extra,) = re.findall(r"^train = \[(.*?)\]$", text, re.DOTALL | re.MULTILINE)
+    assert '"nilearn' in extra
 
 
 def test_survey_measures_the_training_images(folder, tmp_path):
@@ -210,7 +230,10 @@ SPOILT = {  # folders of images and masks, and what is said of them
         lambda i, m: [(i / f"{n}.png").unlink() for n in range(1, 8)],
         "two images are needed, to train and to validate on, got 1",
     ),
-    "mask missing": (lambda i, m: (m / "3.png").unlink(), "3.png must have a mask of its stem"),
+    "mask missing": (
+        lambda i, m: (m / "3.png").unlink(),
+        "3.png must have a mask of the stem '3' in",
+    ),
     "two masks": (lambda i, m: shutil.copy(m / "3.png", m / "3.tif"), "got two of '3'"),
     "truncated image": (lambda i, m: truncate(i / "3.png"), "3.png' cannot be read"),
     "truncated mask": (lambda i, m: truncate(m / "3.png"), "3.png' cannot be read"),

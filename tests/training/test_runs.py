@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training.runs import assert_same_run, assert_scores, command, draw, fails, options, write
 
-from fastunet import FastUNet, checkpoints, load_weights
+from fastunet import FastUNet, checkpoints, load_weights, predict
 from fastunet.cli import main
 from fastunet.training import Settings, loop
 from fastunet.training.loop import train
@@ -43,7 +44,7 @@ def test_a_run_learns_and_writes_its_results(folder, tmp_path):
 
     best = checkpoints.load(out / "best.pt")
     assert "training" not in best
-    model = checkpoints.load_model(out / "best.pt").eval()
+    model, prepare = checkpoints.load_model(out / "best.pt")
     for other in (out / "best.pt", out / "model.safetensors"):
         loaded = FastUNet(3, 2, base_channels=4, depth=2)
         load_weights(loaded, other)
@@ -54,7 +55,7 @@ def test_a_run_learns_and_writes_its_results(folder, tmp_path):
     image, mask = draw(99, 45, 61)
     pixels = torch.from_numpy(image).permute(2, 0, 1).float()[None] / 255
     with torch.no_grad():
-        found = model(checkpoints.normalize(pixels, best["input"])).argmax(1)[0].numpy()
+        found = model(prepare(pixels)).argmax(1)[0].numpy()
     assert 2 * (found & mask).sum() / (found.sum() + mask.sum()) > 0.8
 
 
@@ -106,7 +107,7 @@ def test_other_seeds_and_policies(folder, unbroken, tmp_path):
 )
 def test_variants_train(folder, tmp_path, changes):
     train(Settings(**options(folder, tmp_path / "run", epochs=4, **changes)))
-    model = checkpoints.load_model(tmp_path / "run" / "best.pt")
+    model, _ = checkpoints.load_model(tmp_path / "run" / "best.pt")
     assert model.bilinear == changes.get("bilinear", False)
     history = checkpoints.load(tmp_path / "run" / "last.pt")["training"]["history"]
     assert history[-1]["loss"] < history[0]["loss"]
@@ -130,15 +131,53 @@ def test_resuming_with_other_options(folder, unbroken, tmp_path, changes, messag
 def test_resuming_with_other_images(folder, unbroken, tmp_path):
     out = shutil.copytree(unbroken, tmp_path / "run")
     other = shutil.copytree(folder, tmp_path / "f")
-    paths = {"images": other / "images", "masks": other / "masks"}
-    checkpoint = checkpoints.load(out / "last.pt")
-    checkpoint["training"]["settings"] |= {name: str(path) for name, path in paths.items()}
-    checkpoints.save(out / "last.pt", checkpoint)
     for index in range(3):  # of which at most two are held out
         image, _ = draw(100 + index, 20 + 7 * index, 50 - 3 * index)
         write(other / "images" / f"{index}.png", image)
     message = fails(command(other, out, resume=True))
     assert message.startswith("the images and masks must be those of the run to resume")
+
+
+def test_resuming_where_the_data_has_moved(folder, unbroken, tmp_path, monkeypatch):
+    """Masks may have other names by then, too."""
+    out = shutil.copytree(unbroken, tmp_path / "run")
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    for mask in (moved / "masks").iterdir():
+        mask.rename(mask.with_stem(f"{mask.stem}_mask"))
+    monkeypatch.chdir(tmp_path)
+    given = options(Path("moved"), out, resume=True, mask_suffix="_mask")
+    train(Settings(**given))
+    assert_same_run(out, unbroken)
+
+
+def test_weights_to_start_from(folder, unbroken, tmp_path):
+    """A step so small that it moves none of them; what a resumed run has is in its checkpoint."""
+    best = checkpoints.load(unbroken / "best.pt")
+    path, out = tmp_path / "unet.pth", tmp_path / "run"
+    torch.save({f"module.{key}": value for key, value in best["state_dict"].items()}, path)
+    given = options(folder, out, lr=1e-12, epochs=1, batch_size=6, weights=path)
+    train(Settings(**given))
+    found = checkpoints.load(out / "last.pt")["state_dict"]
+    for name, _ in FastUNet(**best["config"]).named_parameters():
+        assert torch.allclose(found[name], best["state_dict"][name], rtol=0, atol=1e-9), name
+    path.unlink()
+    train(Settings(**given | {"resume": True}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"base": 8}, "is of a model with base_channels=4 and this one has base_channels=8"),
+        ({"mask_values": "0,1,2"}, "is of a model with n_classes=2 and this one has n_classes=3"),
+        ({"weights": "no.pth"}, "checkpoint 'no.pth' is not a file"),
+    ],
+)
+def test_weights_that_do_not_fit(folder, unbroken, tmp_path, monkeypatch, changes, message):
+    """Are refused before all images are read."""
+    monkeypatch.setattr(loop, "survey", None)
+    given = {"weights": unbroken / "model.safetensors"} | changes
+    assert message in fails(command(folder, tmp_path / "run", **given))
+    assert not (tmp_path / "run").exists()
 
 
 def test_resuming_what_is_not_there_or_holds_weights_alone(folder, unbroken, tmp_path):
@@ -153,10 +192,63 @@ def test_resuming_what_is_not_there_or_holds_weights_alone(folder, unbroken, tmp
     assert "is corrupt and cannot be resumed" in fails(command(folder, out, resume=True))
 
 
-def test_a_run_is_not_overwritten(folder, unbroken):
+def test_a_run_is_not_overwritten(folder, unbroken, tmp_path):
+    """Nor any file of it alone; what a run leaves that came to no checkpoint stops none."""
     before = (unbroken / "last.pt").read_bytes()
-    assert "must be new or empty: pass --resume" in fails(command(folder, unbroken))
+    assert fails(command(folder, unbroken)).endswith(": pass --resume to continue its run.")
     assert (unbroken / "last.pt").read_bytes() == before
+    for name in (file.name for file in unbroken.iterdir() if file.is_file()):
+        out = tmp_path / name
+        out.mkdir()
+        (out / name).write_text("kept")
+        assert f"must be new or empty, it has {name}: " in fails(command(folder, out))
+        assert [file.read_text() for file in out.iterdir()] == ["kept"]
+    (tmp_path / "stopped" / "tensorboard").mkdir(parents=True)
+    train(Settings(**options(folder, tmp_path / "stopped", epochs=1, batch_size=6)))
+
+
+def test_large_images_are_validated_by_tiles(folder, tmp_path, monkeypatch):
+    """As ``fastunet predict`` sees them, under autocast."""
+    monkeypatch.setattr(loop, "TILE", 16)
+    real, seen = FastUNet.forward, []
+
+    def forward(model, x):
+        logits = real(model, x)
+        if not model.training:
+            seen.append((*x.shape[2:], logits.dtype))
+        return logits
+
+    monkeypatch.setattr(FastUNet, "forward", forward)
+    given = {"epochs": 1, "batch_size": 6, "amp": "bf16"}
+    settings = Settings(**options(folder, tmp_path / "run", **given))
+    train(settings)
+    assert {dtype for *_, dtype in seen} == {torch.bfloat16}
+    assert max(max(size) for *size, _ in seen) == 16
+    validation = loop.open_data(settings).validation
+    assert len(seen) > 3 * len(validation)
+    model, prepare = checkpoints.load_model(tmp_path / "run" / "last.pt")
+    both = either = 0
+    for image, mask in (validation[index] for index in range(len(validation))):
+        with torch.autocast("cpu", torch.bfloat16):
+            found = predict(model, image, 16, classes=True, prepare=prepare)
+        both += (found & mask).sum().item()
+        either += (found.sum() + mask.sum()).item()
+    row = checkpoints.load(tmp_path / "run" / "last.pt")["training"]["history"][-1]
+    assert row["dice/1"] == pytest.approx(2 * both / either)
+
+
+def test_images_whose_deepest_map_is_a_pixel(tmp_path):
+    """Which instance norm cannot take, in training or validation."""
+    for index in range(2):
+        image, mask = draw(index, 5, 7)
+        write(tmp_path / "images" / f"{index}.png", image)
+        write(tmp_path / "masks" / f"{index}.png", mask)
+    given = {"norm": "instance", "epochs": 1, "batch_size": 1}
+    train(Settings(**options(tmp_path, tmp_path / "run", size=8, **given)))
+    message = fails(command(tmp_path, tmp_path / "other", size=7, **given))
+    assert message == (
+        "--size must be at least 2 * 2**depth with --norm instance, got 7 with --depth 2."
+    )
 
 
 @pytest.mark.parametrize(
@@ -180,6 +272,21 @@ def test_out_of_memory_says_what_to_try(folder, tmp_path, monkeypatch, policy, a
     message = fails(command(folder, tmp_path / "run", checkpointing=policy))
     assert message.startswith("a step must fit in memory, --batch-size 2 of --size 32 does not")
     assert advice in message
+
+
+def test_out_of_memory_in_validation(folder, tmp_path, monkeypatch):
+    real = FastUNet.forward
+
+    def full(model, x):
+        if model.training:
+            return real(model, x)
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(FastUNet, "forward", full)
+    assert fails(command(folder, tmp_path / "run", batch_size=6)) == (
+        "validation must fit in memory, a tile of at most 768x768 pixels with --base 4 does not: "
+        "try --amp bf16 or a smaller --base."
+    )
 
 
 def test_disk_full_during_training(folder, tmp_path, monkeypatch):
@@ -226,6 +333,12 @@ def test_a_loss_that_is_not_finite_ends_the_run(folder, tmp_path):
         ({"mask_values": "0"}, "--mask-values must be two or more different integers"),
         ({"mask_values": "0,0"}, "--mask-values must be two or more different integers"),
         ({"mask_values": "a,b"}, "--mask-values must be two or more different integers"),
+        ({"mask_values": "0,65536"}, "--mask-values must be in 0..65535, got 65536"),
+        ({"mask_values": "1,-1"}, "--mask-values must be in 0..65535, got -1"),
+        ({"size": 4, "norm": "group"}, "--size must be at least 2 * 2**depth with --norm group"),
+        ({"size": 7, "batch_size": 1}, "--size must be at least 2 * 2**depth with --batch-size 1"),
+        ({"data": "mni152", "images": None, "masks": None, "mask_suffix": "_mask"},
+         "--data mni152 takes no --mask-suffix"),
         ({"model": "reference", "checkpointing": "auto"}, "--checkpointing of --model reference"),
         ({"sync_bn": True, "norm": "group"}, "--sync-bn needs --norm batch, got 'group'"),
         ({"sync_bn": True, "model": "reference", "device": "cpu"}, "--sync-bn of --model"),

@@ -97,11 +97,12 @@ def open_data(settings: Settings) -> Data:
         return Data(*split(pairs, settings), Files(test, rgb=True), PET)
     assert settings.images is not None
     assert settings.masks is not None
-    return Data(*split(pair_up(settings.images, settings.masks), settings), None, None)
+    pairs = pair_up(settings.images, settings.masks, settings.mask_suffix)
+    return Data(*split(pairs, settings), None, None)
 
 
-def pair_up(images: Path, masks: Path) -> list[tuple[Path, Path]]:
-    """Each image with the mask of its stem, in the order of names."""
+def pair_up(images: Path, masks: Path, suffix: str = "") -> list[tuple[Path, Path]]:
+    """Each image with the mask of its stem and the suffix, in the order of names."""
     by_stem: dict[str, Path] = {}
     for mask in files_in(masks, "masks"):
         if mask.stem in by_stem:
@@ -109,9 +110,9 @@ def pair_up(images: Path, masks: Path) -> list[tuple[Path, Path]]:
         by_stem[mask.stem] = mask
     found = files_in(images, "images")
     for image in found:
-        if image.stem not in by_stem:
-            raise ValueError(f"{image} must have a mask of its stem in {masks}, got none")
-    return [(image, by_stem[image.stem]) for image in found]
+        if (stem := image.stem + suffix) not in by_stem:
+            raise ValueError(f"{image} must have a mask of the stem {stem!r} in {masks}, got none")
+    return [(image, by_stem[image.stem + suffix]) for image in found]
 
 
 def files_in(folder: Path, what: str) -> list[Path]:

@@ -2,13 +2,14 @@
 
 import contextlib
 import csv
+import functools
 import hashlib
 import io
 import json
 import math
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ from tqdm import tqdm
 
 from fastunet import checkpoints
 from fastunet.checkpoints import Checkpoint, normalize
+from fastunet.reference import UNet
+from fastunet.tiling import TILE, predict_bands
+from fastunet.weights import find_weights, load_weights, options, read, strip_prefix
 
 from .data import Crops, Data, Whole, batches, open_data, shared, survey
 from .processes import Place, Signals, ignore_signals, process_group
@@ -31,6 +35,8 @@ from .settings import MODELS, Settings, flag
 
 AUTOCAST = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 NEWEST, BEST = "last.pt", "best.pt"
+WEIGHTS, LOG, RESULT = "model.safetensors", "log.csv", "result.json"
+COUNTED = 2**22  # pixels that are scored at once
 
 objective = DiceCELoss(to_onehot_y=True, softmax=True)
 """Cross-entropy plus soft Dice, each a mean over images of one size, so that ranks' means agree."""
@@ -60,7 +66,7 @@ def train(settings: Settings) -> dict[str, Any]:
     Raises:
         ValueError: the settings or the data do not go together; the sentence says what must hold.
         OSError: a file is missing or cannot be written; the checkpoint before it is intact.
-        MemoryError: a step did not fit; the sentence says what to try.
+        MemoryError: a step, or a tile to validate on, did not fit; the sentence says what to try.
         Interrupted: by SIGINT or SIGTERM, after the newest checkpoint was written.
     """
     with process_group(settings) as place:
@@ -68,12 +74,12 @@ def train(settings: Settings) -> dict[str, Any]:
             raise ValueError("--sync-bn of --model reference needs a GPU, as in PyTorch itself")
         newest = settings.out / NEWEST
         checkpoint = checkpoints.load(newest) if settings.resume else None
-        if checkpoint is None and newest.exists():
-            raise ValueError(
-                f"--out {settings.out} must be new or empty: pass --resume to continue its run"
-            )
+        if checkpoint is None:
+            check_out(settings.out)
         data = open_data(settings)
         check_batch(settings, len(data.train), place)
+        if checkpoint is None and settings.weights is not None:
+            check_weights(settings, settings.weights, data)
         input, values = survey(data, settings, quiet=not place.writes)
         run = Run(settings, place, data, input, values)
         if checkpoint is not None:
@@ -81,10 +87,41 @@ def train(settings: Settings) -> dict[str, Any]:
         if place.writes:
             prepare(settings.out)
         try:
-            with run.signals, explained_memory(settings):
+            with run.signals:
                 return run.finish()
         finally:
             run.wrapped = run.model  # the group ends with ``place``, not whenever a traceback does
+
+
+def check_out(out: Path) -> None:
+    """Nothing that a run would replace is there; of tensorboard/ it replaces nothing."""
+    if there := [name for name in (NEWEST, BEST, WEIGHTS, LOG, RESULT) if (out / name).exists()]:
+        ways = "pass --resume to continue its run" if NEWEST in there else "choose another"
+        raise ValueError(f"--out {out} must be new or empty, it has {', '.join(there)}: {ways}")
+
+
+def check_weights(settings: Settings, path: Path, data: Data) -> None:
+    """Before all images are read: as many classes as the file has, where masks alone tell that."""
+    if classes := data.classes or settings.values():
+        n_classes = len(classes)
+    else:
+        where = f"checkpoint {str(path)!r}"
+        found = strip_prefix(find_weights(read(str(path), where))[0], where)
+        n_classes = int(options(found).get("n_classes", 2))
+    load_weights(new_model(settings, len(data.train[0][0]), n_classes)[0], path)
+
+
+def new_model(settings: Settings, n_channels: int, n_classes: int) -> tuple[UNet, dict[str, Any]]:
+    """And its constructor arguments."""
+    config: dict[str, Any] = {
+        "n_channels": n_channels,
+        "n_classes": n_classes,
+        "bilinear": settings.bilinear,
+        "base_channels": settings.base,
+        "depth": settings.depth,
+        "norm": settings.norm,
+    }
+    return MODELS[settings.model](**config, checkpointing=settings.checkpointing), config
 
 
 def check_batch(settings: Settings, images: int, place: Place) -> None:
@@ -121,17 +158,11 @@ class Run:
         self.settings, self.place, self.signals = settings, place, Signals()
         self.data, self.input, self.values = data, input, values
         self.classes = data.classes or [*map(str, values)]
-        self.config = {
-            "n_channels": input["channels"],
-            "n_classes": len(values),
-            "bilinear": settings.bilinear,
-            "base_channels": settings.base,
-            "depth": settings.depth,
-            "norm": settings.norm,
-        }
         torch.manual_seed(settings.seed)
-        kind = MODELS[settings.model]
-        self.model = kind(**self.config, checkpointing=settings.checkpointing).to(place.device)
+        self.model, self.config = new_model(settings, input["channels"], len(values))
+        if settings.weights is not None and not settings.resume:
+            load_weights(self.model, settings.weights)
+        self.model.to(place.device)
         self.wrapped: nn.Module = self.model
         if place.world > 1:
             self.wrapped = DistributedDataParallel(self.model)
@@ -161,9 +192,9 @@ class Run:
             self.model.load_state_dict(best["state_dict"])
             result["test"] = self.validate(self.data.test)
         if self.place.writes:
-            checkpoints.export_safetensors(self.settings.out / "model.safetensors", best)
+            checkpoints.export_safetensors(self.settings.out / WEIGHTS, best)
             text = json.dumps(result, indent=1).replace(": NaN", ": null")
-            checkpoints.write(self.settings.out / "result.json", text.encode())
+            checkpoints.write(self.settings.out / RESULT, text.encode())
         return result
 
     def train_epoch(self) -> None:
@@ -189,7 +220,8 @@ class Run:
         )
         self.model.train()
         for images, masks in progress:
-            loss = self.train_step(images, masks)
+            with explained_memory(self.too_large_a_step):
+                loss = self.train_step(images, masks)
             progress.set_postfix_str(f"loss {loss:.4f}, {used_memory(place.device)}")
             self.log("loss", loss)
             if self.step == self.steps or self.step % settings.save_every == 0:
@@ -202,7 +234,10 @@ class Run:
     def train_step(self, images: Tensor, masks: Tensor) -> float:
         """One step of the optimizer; the loss [.] is the mean of all processes'."""
         self.optimizer.zero_grad()
-        loss = objective(self.logits(self.wrapped, images), masks.to(self.place.device)[:, None])
+        images, masks = images.to(self.place.device), masks.to(self.place.device)
+        with self.autocast():
+            logits = self.wrapped(normalize(images, self.input))
+        loss = objective(logits.float(), masks[:, None])
         self.scaler.scale(loss).backward()
         value = self.place.mean(loss.detach())
         if not math.isfinite(value):
@@ -217,11 +252,20 @@ class Run:
         self.losses += value
         return value
 
-    def logits(self, model: nn.Module, images: Tensor) -> Tensor:
-        device, dtype = self.place.device, AUTOCAST[self.settings.amp]
-        images = normalize(images.to(device), self.input)
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            return model(images).float()
+    def autocast(self) -> torch.autocast:
+        dtype = AUTOCAST[self.settings.amp]
+        return torch.autocast(self.place.device.type, dtype, enabled=dtype is not None)
+
+    def predicted(self, image: Tensor) -> Tensor:
+        """The classes [H, W] of an image [C, H, W], by tiles, which alone go to the device."""
+        prepare = functools.partial(normalize, input=self.input)
+        with self.autocast(), explained_memory(self.too_large_a_tile):
+            bands = predict_bands(self.model, image, self.tile, classes=True, prepare=prepare)
+            return torch.cat([*bands])
+
+    @property
+    def tile(self) -> int:
+        return max(TILE, 2 * 2**self.settings.depth)
 
     @torch.no_grad()
     def validate(self, source: Any) -> dict[str, Any]:
@@ -238,8 +282,9 @@ class Run:
         for _ in range(math.ceil(len(source) / place.world)):  # as many in every process
             if (pair := next(loader, None)) is not None:
                 image, mask = pair
-                predicted = self.logits(self.model, image[None]).argmax(1)
-                confusion.update(predicted, mask[None].to(place.device))
+                rows = max(COUNTED // mask.size(1), 1)
+                for part in zip(self.predicted(image).split(rows), mask.split(rows), strict=True):
+                    confusion.update(*(classes.to(place.device) for classes in part))
             self.stop_if_asked()
         counts = confusion.compute().double()
         both, either = counts.diag(), counts.sum(0) + counts.sum(1)
@@ -250,6 +295,25 @@ class Run:
             **{f"dice/{c}": v for c, v in zip(self.classes, dice.tolist(), strict=True)},
             **{f"iou/{c}": v for c, v in zip(self.classes, iou.tolist(), strict=True)},
         }
+
+    def too_large_a_step(self) -> str:
+        settings = self.settings
+        ways = ["a smaller --batch-size or --size"]
+        if settings.checkpointing == "none":
+            ways.insert(0, "--checkpointing light, full or auto (the result stays the same)")
+        return (
+            f"a step must fit in memory, --batch-size {settings.batch_size} of --size "
+            f"{settings.size} does not: try {' or '.join(ways)}"
+        )
+
+    def too_large_a_tile(self) -> str:
+        ways = ["a smaller --base"]
+        if self.settings.amp == "none":
+            ways.insert(0, "--amp bf16")
+        return (
+            f"validation must fit in memory, a tile of at most {self.tile}x{self.tile} pixels with "
+            f"--base {self.settings.base} does not: try {' or '.join(ways)}"
+        )
 
     def end_epoch(self, scores: dict[str, Any]) -> None:
         row = {
@@ -285,7 +349,7 @@ class Run:
         writer = csv.DictWriter(text, self.history[0])
         writer.writeheader()
         writer.writerows(self.history)
-        checkpoints.write(self.settings.out / "log.csv", text.getvalue().encode())
+        checkpoints.write(self.settings.out / LOG, text.getvalue().encode())
 
     def loader(self, dataset: Any, **options: Any) -> DataLoader:
         return DataLoader(
@@ -382,9 +446,9 @@ class Run:
 
 
 def fingerprint(data: Data) -> str:
-    """Of the names of all images, in order."""
+    """Of the names of all images, in order, without their folders."""
     parts = [part for part in data[:3] if part is not None]
-    names = [part.name(index) for part in parts for index in range(len(part))]
+    names = [Path(part.name(index)).name for part in parts for index in range(len(part))]
     return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
 
@@ -409,18 +473,12 @@ def used_memory(device: torch.device) -> str:
 
 
 @contextlib.contextmanager
-def explained_memory(settings: Settings) -> Iterator[None]:
-    """Says what to try when a step does not fit."""
+def explained_memory(explanation: Callable[[], str]) -> Iterator[None]:
+    """Says what to try when a step or a tile does not fit."""
     try:
         yield
     except RuntimeError as error:
         full = isinstance(error, torch.OutOfMemoryError)
         if not full and not re.search("DefaultCPUAllocator: .*allocate memory", str(error)):
             raise
-        ways = ["a smaller --batch-size or --size"]
-        if settings.checkpointing == "none":
-            ways.insert(0, "--checkpointing light, full or auto (the result stays the same)")
-        raise MemoryError(
-            f"a step must fit in memory, --batch-size {settings.batch_size} of --size "
-            f"{settings.size} does not: try {' or '.join(ways)}"
-        ) from error
+        raise MemoryError(explanation()) from error

@@ -1,6 +1,7 @@
 """What a training run is told: the options of ``fastunet train``, each once."""
 # ruff: noqa: RUF009 (option is dataclasses.field)
 
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,18 @@ class Settings:
     data: str = option("folder", "What to learn from.", ("folder", "oxford-pet", "mni152"))
     images: Path | None = option(None, "Folder of images.  [folder]")
     masks: Path | None = option(None, "Folder of masks, with the images' stems.  [folder]")
+    mask_suffix: str = option(
+        "", "Of a mask's stem, after its image's: _mask for photo_mask.gif.  [folder]"
+    )
     root: Path | None = option(None, "Folder with images/ and annotations/.  [oxford-pet]")
     mask_values: str | None = option(
         None, "Of the classes, such as 0,255.  [default: those found, from 0 without gaps]"
     )
     out: Path = option(Path("run"), "Folder for checkpoints and logs.")
     resume: bool = option(False, "Continue the run in --out where its newest checkpoint is.")
+    weights: Path | None = option(
+        None, "File of weights to start from, such as a .pth; with --resume not read again."
+    )
     model: str = option("fast", "FastUNet, or the same in plain PyTorch.", (*MODELS,))
     base: int = option(64, "Channels of the first level.")
     depth: int = option(4, "Number of poolings.")
@@ -62,6 +69,8 @@ class Settings:
             if (getattr(self, name) is not None) != (name in needed):
                 verb = "needs" if name in needed else "takes no"
                 raise ValueError(f"--data {self.data} {verb} {flag(name)}")
+        if self.mask_suffix and self.data != "folder":
+            raise ValueError(f"--data {self.data} takes no --mask-suffix")
         for name in ("base", "depth", "epochs", "batch_size", "size", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{flag(name)} must be at least 1, got {getattr(self, name)}")
@@ -76,6 +85,12 @@ class Settings:
             raise ValueError(
                 f"--size must be at least 2**depth, got {self.size} with --depth {self.depth}"
             )
+        if self.lone_pixel() and self.size < 2 * 2**self.depth:
+            why = "--batch-size 1" if self.norm == "batch" else f"--norm {self.norm}"
+            raise ValueError(
+                f"--size must be at least 2 * 2**depth with {why}, "
+                f"got {self.size} with --depth {self.depth}"
+            )
         if self.sync_bn and self.norm != "batch":
             raise ValueError(f"--sync-bn needs --norm batch, got {self.norm!r}")
         policies = MODELS[self.model].policies
@@ -85,6 +100,17 @@ class Settings:
                 f"got {self.checkpointing!r}"
             )
         self.values()
+
+    def lone_pixel(self) -> bool:
+        """Whether a deepest map of one pixel would be normalised by that value alone, to 0."""
+        channels = self.base * 2**self.depth // (2 if self.bilinear else 1)
+        groups = math.gcd(32, channels)
+        return {
+            "batch": self.batch_size == 1,
+            "instance": True,
+            "group": groups == channels,
+            "none": False,
+        }[self.norm]
 
     def values(self) -> list[int] | None:
         """Of the classes in mask files, where they are given."""
@@ -99,13 +125,17 @@ class Settings:
                 f"--mask-values must be two or more different integers with commas between them, "
                 f"got {self.mask_values!r}"
             )
+        for value in found:
+            if not 0 <= value <= 65535:  # what a mask file can hold
+                raise ValueError(f"--mask-values must be in 0..65535, got {value}")
         return found
 
     def trajectory(self) -> dict[str, Any]:
         """The options that decide what is computed, which a resumed run must share."""
         free = {"out", "resume", "checkpointing", "save_every", "workers", "device"}
-        chosen = {name: value for name, value in asdict(self).items() if name not in free}
-        return {k: str(v) if isinstance(v, Path) else v for k, v in chosen.items()}
+        free |= {"images", "masks", "mask_suffix", "root"}  # data may move, but not change
+        free |= {"weights"}  # not read again
+        return {name: value for name, value in asdict(self).items() if name not in free}
 
 
 def flag(name: str) -> str:
