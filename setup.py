@@ -8,8 +8,9 @@ Python's limited API, so one build serves every torch >= 2.11 and every Python >
 FASTUNET_CPU=0, FASTUNET_CUDA=0    leave out the kernels
 FASTUNET_CPU=1, FASTUNET_CUDA=1    fail where they cannot be compiled (otherwise the package is
                   installed without them, and `fastunet doctor` says why)
-TORCH_CUDA_ARCH_LIST   architectures, "8.0+PTX" by default: compiled for sm_80, and by the driver
-                  for later ones; a release has "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+TORCH_CUDA_ARCH_LIST   architectures, by default those of the GPUs that are there, from 8.0 up;
+                  without any "8.0+PTX": compiled for sm_80, and by the driver for later ones; a
+                  release has "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 MAX_JOBS=n        compile in n jobs (2 by default)
 FASTUNET_BUILDS=avx2   these of the CPU builds alone: default, avx2, avx512
 FASTUNET_SANITIZE=1  with AddressSanitizer and UndefinedBehaviorSanitizer, see `make sanitize`
@@ -109,7 +110,7 @@ def cuda_extension():
     from torch.utils import cpp_extension
 
     cpp_extension.CUDA_HOME = cuda_home()  # None in builds of torch without CUDA
-    os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0+PTX"
+    os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or architectures()
     nvcc = ["-O3", "-std=c++20", "-Xcompiler", "-fvisibility=hidden"]
     return extension(
         "cuda",
@@ -121,6 +122,20 @@ def cuda_extension():
         extra_link_args=["-Wl,--no-as-needed", "-ltorch"],
         library_dirs=[os.path.join(cuda_home(), name) for name in ("lib64", "lib")],
     )
+
+
+def architectures():
+    """Of the GPUs that are there, where this nvcc compiles for all of them."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    found = sorted({torch.cuda.get_device_capability(i) for i in range(count)})
+    found = [(major, minor) for major, minor in found if major >= 8]
+    nvcc = [Path(cuda_home(), "bin", "nvcc"), "--list-gpu-code"]
+    known = subprocess.check_output(nvcc, text=True).split() if found else []
+    if not found or any(f"sm_{major}{minor}" not in known for major, minor in found):
+        return "8.0+PTX"
+    return ";".join(f"{major}.{minor}" for major, minor in found)
 
 
 def why_no_cuda():

@@ -1,10 +1,13 @@
 """The stages for a GPU, as far as a CPU can run them: on tiny cases, in float32."""
 
+import contextlib
 import functools
+import gc
 import itertools
 import json
 import math
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,12 +78,21 @@ def test_workload_finds_what_is_not_finite(monkeypatch):
         workload.run("cpu", "reference")
 
 
-def test_verify(monkeypatch, job):
-    """Each backend's, operator's and dtype's verdict, under the key by which it is looked up."""
+@pytest.fixture
+def no_gc(monkeypatch):
+    """A large process takes a while for it, between works that do nothing."""
+    monkeypatch.setattr(gc, "collect", lambda: 0)
 
-    def check(backend, operator, dtype, device):
-        wrong = (backend, operator, dtype) == ("cuda", "head", torch.float16)
-        return "wrong sums" if wrong else "", True
+
+def test_verify(monkeypatch, job, no_gc):
+    """Each backend's, operator's and dtype's verdict, under the key by which it is looked up; none
+    of what failed."""
+    wrong = "cuda", "head", torch.float16
+    failing = "triton", "head", torch.float32
+
+    def check(*what):
+        why = {wrong: "wrong sums", failing: "no memory"}.get(what[:3], "")
+        return why, why != "no memory"
 
     def why_not(x):
         return "no such dtype" if x.dtype == torch.float64 else ""
@@ -90,14 +102,62 @@ def test_verify(monkeypatch, job):
         monkeypatch.setattr(backends.module(backend), "why_not", why_not)
     good, found = run(monkeypatch, job, "verify")
     assert not good
-    assert [f["what"] for f in found["failures"]] == ["cuda head torch.float16"]
+    assert [tuple(f.values()) for f in found["failures"]] == [
+        ("triton head torch.float32", "RuntimeError: no memory"),
+        ("cuda head torch.float16", "wrong sums"),
+    ]
     device = torch.device("cpu")
     keys = {
         self_check.key_of(*what, device): check(*what, device)[0]
         for what in itertools.product(("triton", "cuda"), self_check.CASES, self_check.TOLERANCE)
-        if what[2] != torch.float64
+        if what[2] != torch.float64 and what != failing
     }
     assert found["verdicts"] == keys
+
+
+def test_verify_in_time(monkeypatch, job, no_gc):
+    """What there is no time for has no verdict, and is named."""
+    done = []
+
+    def check(backend, operator, dtype, device):
+        done.append(operator)
+        job.budget.end = job.budget.clock() - 1
+        return "", True
+
+    monkeypatch.setattr(self_check, "check", check)
+    for backend in ("triton", "cuda"):
+        monkeypatch.setattr(backends.module(backend), "why_not", lambda x: "")
+    good, found = run(monkeypatch, job, "verify")
+    assert good
+    assert len(done) == len(found["verdicts"]) == 1
+    assert len(found["skipped"]) == 2 * len(self_check.CASES) * len(self_check.TOLERANCE) - 1
+
+
+def test_time_is_up(monkeypatch, job):
+    """Whoever goes on after any failure does not go on after this one."""
+    job.budget.end = job.budget.clock() + 20
+
+    def stubborn():
+        job.budget.end = job.budget.clock() + 0.1
+        with job.budget.enforced():  # instead of the stage's
+            while True:
+                with contextlib.suppress(Exception):
+                    time.sleep(10)
+
+    def stage(job):
+        job.do("first", "kind", stubborn)
+        job.do("second", "kind", stubborn)
+
+    monkeypatch.setitem(gpu.STAGES, "ceilings", stage)
+    good, found = run(monkeypatch, job, "ceilings")
+    assert not good
+    assert [tuple(f.values()) for f in found["failures"]] == [
+        ("first", "TimeUp: the stage's time is up")
+    ]
+    assert [skip["what"] for skip in found["skipped"]] == ["second"]
+    monkeypatch.setitem(gpu.STAGES, "ceilings", lambda job: stubborn())
+    _, found = run(monkeypatch, job, "ceilings")
+    assert found["failures"][-1]["what"] == "ceilings"
 
 
 def test_budget():
@@ -153,14 +213,24 @@ def test_junit():
 
 def test_check(monkeypatch, job, tmp_path):
     path = tmp_path / "test_some.py"
-    path.write_text("def test_good(): pass\ndef test_bad(): assert False\n")
+    path.write_text(
+        "import pytest\npytestmark = pytest.mark.gpu\n"
+        "def test_good(): pass\ndef test_bad(): assert False\n"
+        "@pytest.mark.slow\ndef test_of_the_whole_matrix(): assert False\n"
+    )
     monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
-    good, found = run(monkeypatch, job, "check", tests=(str(path),), marker="not gpu")
+    good, found = run(monkeypatch, job, "check", tests=(str(path),))
     assert not good
     assert found["counts"] == {"passed": 1, "failure": 1, "error": 0, "skipped": 0}
     (failure,) = found["failures"]
     assert failure["what"].endswith("::test_bad")
+
+
+@pytest.mark.slow
+def test_check_out_of_time(monkeypatch, job, tmp_path):
+    path = tmp_path / "test_some.py"
     path.write_text("import time\ndef test_good(): pass\ndef test_slow(): time.sleep(60)\n")
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(job.budget, "left", lambda: 23)
     _, found = run(monkeypatch, job, "check", tests=(str(path),), marker="not gpu")
     assert found["counts"]["passed"] >= 1
@@ -260,7 +330,16 @@ def test_operators_count_what_they_read_and_write(monkeypatch, job):
     shapes = Shapes((4,), 64, 2)
     _, found = run(monkeypatch, job, "operators", shapes=shapes, names=(FASTUNET,), **SIZES)
     (case,) = found["results"]
-    assert case["bytes"] == 4 * (2 * 2 * 8 * 32 * 32 + 2 * 8)  # two maps, scale and shift
+    moved = case["bytes"]
+    assert moved == 4 * (2 * 2 * 8 * 32 * 32 + 2 * 8)  # two maps, scale and shift
+    assert all("of_copy_ceiling" in c for c in case["contenders"].values())
+    # Of which much would stay in this cache: no part of what a copy reaches.
+    monkeypatch.setattr(measurements, "l2_bytes", lambda device: moved // 3)
+    _, found = run(monkeypatch, job, "operators", shapes=shapes, names=(FASTUNET,), **SIZES)
+    assert found["l2_bytes"] == moved // 3
+    contenders = found["results"][-1]["contenders"].values()
+    assert all(c["bytes_per_second"] for c in contenders)
+    assert not any("of_copy_ceiling" in c for c in contenders)
 
 
 def test_networks(monkeypatch, job):

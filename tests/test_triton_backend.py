@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -13,6 +14,7 @@ from test_parity import assert_as_accurate
 import fastunet
 from fastunet import backends, cache, composed, self_check
 from fastunet.activation import MAX_POOL, Activation
+from fastunet.memory import machine as machines
 from fastunet.prepared import keeping
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -20,7 +22,7 @@ if torch.cuda.is_available():
     pytest.skip("the interpreter is for machines without a GPU", allow_module_level=True)
 
 from fastunet import triton as kernels
-from fastunet.triton import convolution, selection, tuning
+from fastunet.triton import convolution, language, selection, tuning
 from fastunet.triton.selection import CUDNN, MATERIALISED, ON_LOAD, Layer
 
 VARIANTS = {
@@ -204,6 +206,63 @@ def test_self_check_finds_wrong_kernels(fewer_cases, monkeypatch):
     assert "division by zero" in why
 
 
+def test_kernels_are_compiled_ahead(monkeypatch):
+    """None is launched meanwhile, and the first failure does not keep the others from it."""
+    calls = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args: calls.append(("launched", grid, *args))
+
+        def warmup(self, *args, grid):
+            calls.append(("compiled", grid, *args))
+
+    def work():
+        language.launch(Kernel(), (2,))("a")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(language.triton.knobs.runtime, "interpret", False)
+    for _ in range(2):  # nothing of the mode is left
+        with pytest.raises(KeyboardInterrupt):
+            kernels.compile_ahead(work)
+    language.launch(Kernel(), (2,))("a")
+    assert calls == [("compiled", (2,), "a")] * 2 + [("launched", (2,), "a")]
+
+
+def test_self_check_compiles_ahead(monkeypatch):
+    """All that it launches; and what fails meanwhile decides nothing."""
+    runs = []
+
+    def run(implementation, dtype):
+        runs.append((implementation.__name__, selection._forced))
+        return {}
+
+    def compile_ahead(work):
+        work()
+        runs.append("ahead")
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setitem(self_check.CASES, "conv_norm_act", lambda device: [("one", run)])
+    monkeypatch.setattr(kernels, "compile_ahead", compile_ahead)
+    device = torch.device("cpu")
+    assert self_check.check("triton", "conv_norm_act", torch.float32, device) == ("", True)
+    both = [("fastunet.triton", ON_LOAD), ("fastunet.triton", MATERIALISED)]
+    assert runs[:3] == [*both, "ahead"]
+    assert [r for r in runs[3:] if r[0] != "fastunet.reference"] == both
+
+
+@pytest.mark.parametrize(
+    ("capability", "described"), [((8, 0), 0), ((9, 0), 1), ((10, 0), 1), ((12, 0), 0)]
+)
+def test_tensor_descriptors(monkeypatch, capability, described):
+    """On data centres' GPUs alone, whose shared memory holds what runs ahead."""
+    monkeypatch.setattr(convolution, "capability", lambda device: capability)
+    x = source(64, affine=False)
+    x = language.as_source(x.y.expand(1, 64, 32, 32)), convolution.Place(32, 64)
+    config = convolution.configuration(convolution.CONV3X3, [x], (32, 64), 128)
+    assert config.described == bool(described)
+
+
 class OnGpu:
     """As much of a CUDA tensor as the choice of a backend looks at."""
 
@@ -244,6 +303,33 @@ def test_verdicts_are_kept_and_decide(own_cache, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert "cannot be in a CUDA graph" in backends.why_not("triton", "conv_norm_act", x)
     assert len(runs) == 4
+
+
+def test_counting_asks_for_what_will_run(monkeypatch):
+    """In the step's dtype; and where the backend was asked for, no self-check."""
+    checked = []
+
+    def distrusted(backend, operator, x):
+        checked.append((backend, x.dtype))
+        return "wrong sums"
+
+    monkeypatch.setattr(self_check, "distrusted", distrusted)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+    def empty(size, dtype, device):
+        return SimpleNamespace(dtype=dtype, device=torch.device(device))
+
+    gpu = SimpleNamespace(multi_processor_count=7)
+    cuda = SimpleNamespace(is_available=lambda: True, get_device_properties=lambda device: gpu)
+    monkeypatch.setattr(machines, "torch", SimpleNamespace(empty=empty, cuda=cuda))
+    with fastunet.backend("triton"), machines.machine("cuda", torch.bfloat16):
+        assert "triton" in backends.machine.backends
+        assert not checked
+    with fastunet.backend("auto"), machines.machine("cuda", torch.bfloat16):
+        assert backends.machine.backends == ("reference",)
+        assert backends.machine.processors == 7
+    assert set(checked) <= {("triton", torch.bfloat16), ("cuda", torch.bfloat16)}
+    assert ("triton", torch.bfloat16) in checked
 
 
 def test_damaged_cache_is_none(own_cache):

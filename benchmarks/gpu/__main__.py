@@ -5,7 +5,6 @@ no time for, is named in that file. Where torch and the tools are installed alre
 is needed than PYTHONPATH=src.
 """
 
-import signal
 import subprocess
 import sys
 import traceback
@@ -21,7 +20,7 @@ from benchmarks import results
 from benchmarks.contest import Setting
 
 from . import checks, measurements, passes, workload
-from .job import Budget, Job
+from .job import Budget, Job, TimeUp
 
 STAGES: dict[str, Callable[[Job], Any]] = {
     "check": checks.check,
@@ -36,12 +35,13 @@ STAGES: dict[str, Callable[[Job], Any]] = {
 
 
 def run_stage(name: str, job: Job) -> bool:
-    """Runs it, writes what it found and prints it; whether all went well."""
+    """Runs it in its time, writes what it found and prints it; whether all went well."""
     job.result |= {**results.context(job.setting.device), "stage": name}
     job.result["dtype"] = str(job.setting.dtype).removeprefix("torch.")
     try:
-        STAGES[name](job)
-    except Exception as error:
+        with job.budget.enforced():
+            STAGES[name](job)
+    except (Exception, TimeUp) as error:
         traceback.print_exc()
         job.fail(name, error)
     job.save()
@@ -56,10 +56,6 @@ def run_stage(name: str, job: Job) -> bool:
     counts = ", ".join(f"{len(job.result[key])} {key}" for key in ("failures", "skipped"))
     click.echo(f"\n{name}: {counts}; {job.path}")
     return not job.result["failures"]
-
-
-def out_of_time(*_: Any) -> None:
-    raise TimeoutError("the stage's time is up")
 
 
 @click.command()
@@ -113,8 +109,6 @@ def main(
         pattern,
         rounds,
     )
-    signal.signal(signal.SIGALRM, out_of_time)
-    signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
     sys.exit(not run_stage(stage, job))
 
 

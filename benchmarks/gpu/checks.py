@@ -78,8 +78,11 @@ def junit(report: str) -> dict[str, Any]:
     return {"counts": counts, "failures": failures, "skips": dict(skips)}
 
 
-def check(job: Job, tests: tuple[str, ...] = TESTS, marker: str = "gpu") -> None:
-    """The tests that need a GPU; in several processes, as Triton compiles, where xdist is there."""
+def check(job: Job, tests: tuple[str, ...] = TESTS, marker: str = "gpu and not slow") -> None:
+    """The tests that need a GPU; in several processes, as Triton compiles, where xdist is there.
+
+    marker: instead of pyproject.toml's; those marked slow compile for hours.
+    """
     with tempfile.TemporaryDirectory() as directory:
         report = Path(directory) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-m", marker, f"--junitxml={report}", *tests]
@@ -100,7 +103,8 @@ def check(job: Job, tests: tuple[str, ...] = TESTS, marker: str = "gpu") -> None
 
 
 def verify(job: Job) -> None:
-    """The self-checks' verdicts, as src/fastunet/verified.json keeps them."""
+    """The self-checks' verdicts, as src/fastunet/verified.json keeps them: those alone that will
+    be the same again."""
     verdicts = job.result["verdicts"] = {}
     device = torch.device(job.setting.device)
     for backend, dtype, operator in itertools.product(
@@ -110,12 +114,19 @@ def verify(job: Job) -> None:
         if why := backends.module(backend).why_not(torch.empty(0, dtype=dtype, device=device)):
             job.rows[name] = {"self-check": name, "verdict": f"cannot serve: {why}"}
             continue
-        why, _ = self_check.check(backend, operator, dtype, device)
-        verdicts[self_check.key_of(backend, operator, dtype, device)] = why
-        job.rows[name] = {"self-check": name, "verdict": why or "passed"}
-        if why:
-            job.fail(name, why)
-        job.save()
+
+        def work(
+            name: str = name, backend: str = backend, dtype: torch.dtype = dtype, op: str = operator
+        ) -> None:
+            why, lasting = self_check.check(backend, op, dtype, device)
+            job.rows[name] = {"self-check": name, "verdict": why or "passed"}
+            if not lasting:
+                raise RuntimeError(why)
+            verdicts[self_check.key_of(backend, op, dtype, device)] = why
+            if why:
+                job.fail(name, why)
+
+        job.do(name, f"{backend} {operator}", work)
 
 
 def sanitizer_report(output: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import re
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,6 +18,11 @@ from benchmarks.contest import AUTOTUNED, BUDGETED, COMPILED, Setting
 
 # The least time (seconds) that a work is begun with, before one of its kind has been seen.
 EXPECTED = {COMPILED: 60.0, BUDGETED: 60.0, AUTOTUNED: 180.0}
+
+
+class TimeUp(BaseException):
+    """The stage's time is up. No Exception: nothing on the way shall take it for a failure of its
+    own, and go on."""
 
 
 class Budget:
@@ -41,6 +47,21 @@ class Budget:
         finally:
             self.most[kind] = max(self.most.get(kind, 0.0), self.clock() - start)
 
+    @contextlib.contextmanager
+    def enforced(self) -> Iterator[None]:
+        """Raises TimeUp once no time is left."""
+
+        def stop(*_: Any) -> None:
+            raise TimeUp("the stage's time is up")
+
+        before = signal.signal(signal.SIGALRM, stop)
+        signal.setitimer(signal.ITIMER_REAL, max(1e-3, self.left()))
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+
 
 @dataclass
 class Job:
@@ -62,7 +83,8 @@ class Job:
         results.write(self.path, self.result)
 
     def fail(self, what: str, error: object) -> None:
-        text = f"{type(error).__name__}: {error}" if isinstance(error, Exception) else str(error)
+        raised = isinstance(error, BaseException)
+        text = f"{type(error).__name__}: {error}" if raised else str(error)
         self.result["failures"].append({"what": what, "error": text[-4000:]})
         click.echo(f"failed: {what}: {text[-400:]}", err=True)
 
@@ -79,6 +101,8 @@ class Job:
         try:
             with self.budget.spend(kind):
                 work()
+        except TimeUp as error:  # what follows is skipped, and named
+            self.fail(what, error)
         except Exception as error:
             self.fail(what, error)
             self.synchronize()

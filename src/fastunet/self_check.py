@@ -63,8 +63,11 @@ def distrusted(backend: str, operator: str, x: Tensor) -> str:
     """Why a backend's kernels for an operator are not to be chosen by themselves on the GPU; empty
     where they are.
 
-    Runs the check where no verdict is known, in seconds, most of which compile Triton kernels that
-    would be compiled anyway.
+    Runs the check where no verdict is known: once for a GPU model, a dtype and these versions, as
+    verdicts are kept, and some come with the package. Triton kernels must be compiled for it, at
+    0.7 seconds of a core each and on all cores: about 94 for conv_norm_act, 15 to 30 for another
+    operator. A model needs some of them anyway; with 8 cores it waits for some ten seconds, with
+    one for a minute or two.
     """
     key = key_of(backend, operator, x.dtype, x.device)
     found = verdicts().get(key)
@@ -134,7 +137,11 @@ def compare(
     backend: str, operator: str, dtype: torch.dtype, device: torch.device
 ) -> tuple[str, bool]:
     kernels = backends.module(backend)
-    for name, run in CASES[operator](device):
+    cases = list(CASES[operator](device))
+    if hasattr(kernels, "compile_ahead"):
+        with contextlib.suppress(Exception):  # raised again below
+            kernels.compile_ahead(lambda: run_all(kernels, operator, cases, dtype))
+    for name, run in cases:
         want = None
         for way in ways(kernels, operator):
             try:
@@ -155,6 +162,15 @@ def compare(
                     )
                     return why, True
     return "", True
+
+
+def run_all(
+    kernels: ModuleType, operator: str, cases: Sequence[tuple[str, Run]], dtype: torch.dtype
+) -> None:
+    for _, run in cases:
+        for way in ways(kernels, operator):
+            with way:
+                run(kernels, dtype)
 
 
 def ways(kernels: ModuleType, operator: str) -> Sequence[AbstractContextManager]:

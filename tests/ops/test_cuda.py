@@ -1,6 +1,6 @@
 """What is the CUDA kernels' own: several blocks, long strips, vectors of channels, and two maps in
 one pass. Here they run on the CPU, with every access checked (tests/host_cuda); with the other
-backends they run the operators' matrices too. On a machine with a GPU: -m gpu.
+backends they run the operators' matrices too. On a machine with a GPU: -m "gpu and not slow".
 """
 
 import shutil
@@ -38,8 +38,12 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 @pytest.fixture(autouse=True)
 def cuda_backend():
+    """Around exact convolutions, as the budgets of fp32 are."""
+    cudnn = torch.backends.cudnn.conv
+    before, cudnn.fp32_precision = cudnn.fp32_precision, "ieee"
     with fastunet.backend("cuda"):
         yield
+    cudnn.fp32_precision = before
 
 
 class Placed:

@@ -1,6 +1,7 @@
 """Synchronised BatchNorm: two processes with a part of the batch each, against one with all."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fastunet
-from fastunet import FastUNet
+from fastunet import FastUNet, reference
+from fastunet.activation import Activation
+from fastunet.ops.sync_norm import sync_norm
 
 SIZE = (3, 3, 24, 40)  # the first process has one image, the second two
 OPTIONS = {"base_channels": 4, "depth": 2}
@@ -99,6 +102,44 @@ def test_one_process():
         results = [found(m, step(m.train(train), x)) for m in (model, sync)]
         for (name, a), b in zip(results[0].items(), results[1].values(), strict=True):
             assert torch.equal(a, b), name
+
+
+@pytest.fixture
+def group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_kernels_run_on_the_maps_device(group, monkeypatch):
+    """Which need not be the current one, on which Triton launches."""
+    entered, seen = [], []
+
+    class Device:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+        def __enter__(self):
+            entered.append(self.tensor.data_ptr())
+
+        def __exit__(self, *_):
+            entered.pop()
+
+    def normalization(y, *args):
+        seen.append(entered == [y.data_ptr()])
+        return reference.normalization(y, *args)
+
+    def normalization_bwd(dy, dscale, dshift, y, *args):
+        seen.append(entered == [y.data_ptr()])
+        args[-1].zero_()
+
+    kernels = SimpleNamespace(normalization=normalization, normalization_bwd=normalization_bwd)
+    monkeypatch.setattr(fastunet.backends, "select", lambda *_: kernels)
+    monkeypatch.setattr(torch.cuda, "device_of", Device)
+    y = random(2, 3, 4, 5).requires_grad_()
+    output, *_ = sync_norm(Activation.of(y), None, None, None, 1e-5, 0.0, group)
+    output.scale.sum().backward()
+    assert seen == [True, True]
 
 
 def test_its_memory_is_predicted():

@@ -235,7 +235,7 @@ def training_step(
     first = next(model.parameters())
     device = device or ("cuda" if first.is_cuda else "cpu")
     own = first.dtype
-    with machine(device), FakeTensorMode():
+    with machine(device, dtype or own), FakeTensorMode():
         model = fake_copy(model)
         if policy is not None:
             model.use_checkpointing(policy)

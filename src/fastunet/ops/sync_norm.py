@@ -56,7 +56,8 @@ class SyncNorm(torch.autograd.Function):
         backend: str,
     ) -> tuple[Tensor, ...]:
         kernels = backends.select(backend, "resample", y)
-        mean, _, _, var = kernels.normalization(y, None, None, None, 0, eps)  # of this process
+        with torch.cuda.device_of(y):  # Triton launches on the current device
+            mean, _, _, var = kernels.normalization(y, None, None, None, 0, eps)  # of this process
         own = torch.full_like(mean, y.numel() // y.size(1))
         ours = torch.cat([mean, var, own])
         gathered = [torch.empty_like(ours) for _ in range(group.size())]
@@ -92,7 +93,8 @@ class SyncNorm(torch.autograd.Function):
         if kernels is reference:  # which takes statistics of this y alone
             dy.copy_(statistics_bwd(joint[0], joint[1], y, center, scale, var, eps))
         else:
-            kernels.normalization_bwd(None, joint[0], joint[1], y, center, scale, var, 0, eps, dy)
+            with torch.cuda.device_of(y):
+                kernels.normalization_bwd(None, *joint, y, center, scale, var, 0, eps, dy)
         dgamma, dbeta = affine_bwd(dscale, dshift, var, eps)
         bias, gamma, beta = ctx.like
         return (

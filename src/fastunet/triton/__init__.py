@@ -14,6 +14,7 @@ try:
     from .conv_norm_act import conv_norm_act, conv_norm_act_bwd, conv_norm_act_folded
     from .conv_transpose import conv_transpose, conv_transpose_bwd
     from .head import head, head_bwd
+    from .language import compile_ahead
     from .normalization import normalization, normalization_bwd
     from .resample import resample, resample_bwd
     from .selection import convolves, version, ways
@@ -23,6 +24,7 @@ else:
     MISSING = ""
 
 __all__ = [
+    "compile_ahead",
     "conv_norm_act",
     "conv_norm_act_bwd",
     "conv_norm_act_folded",

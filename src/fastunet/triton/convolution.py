@@ -284,19 +284,29 @@ def configuration(
     """
     y, width = sources[0][0].y, size[1]
     assert y is not None
-    dtype, hopper = y.dtype, capability(y.device) >= (9, 0)
+    # Later GPUs for desktops, 12.x, have a TMA unit too, but products and shared memory as 8.x.
+    dtype, hopper = y.dtype, capability(y.device)[0] in (9, 10)
     described = hopper and kernel.stride == 1 and width >= 48 and outputs > 32
     described = described and all(can_be_described(*s, size) for s in sources)
     BK = 64 if dtype != torch.float32 else 32
     # More outputs, or fewer warps, and the sums would not fit the registers.
     most = 64 if outputs % 8 or (grad and (not described or dtype == torch.float32)) else 128
+    most = min(most, most_exact(dtype))
     BN = min(most, max(16, triton.next_power_of_2(outputs)))
     if described:
         TW = 128 if width > 64 else 64
-        return Config(1, TW, BN, BK, 8 if grad and BN == 128 else 4, 4, True)
+        num_warps = 8 if BN == 32 or (grad and BN == 128) else 4  # 32: exact products
+        return Config(1, TW, BN, BK, num_warps, 4, True)
     num_warps = 4 if BN == 64 or (hopper and BN == 128) else 8
     TW = 32 if width > 16 else 16
     return Config(128 // TW, TW, BN, BK, num_warps)
+
+
+def most_exact(dtype: torch.dtype) -> int:
+    """Channels of a block whose exact fp32 products a program's registers hold: threads keep the
+    operands too, without tensor cores. Interpreted, as many as otherwise."""
+    exact = precision_of(dtype) == "ieee" and not triton.knobs.runtime.interpret
+    return 32 if exact else 128
 
 
 def capability(device: torch.device) -> tuple[int, int]:

@@ -5,7 +5,11 @@ element ``(n * h * w + p) * pixel``. Kernels get sizes as arguments that are nev
 nothing recompiles for another batch or image.
 """
 
+import contextvars
+import functools
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -38,9 +42,36 @@ class Source(NamedTuple):
     aligned: int | None = None
 
 
+_ahead = contextvars.ContextVar("ahead", default=False)
+
+
 def launch(kernel: Any, grid: tuple[int, ...]) -> Callable:
-    """``kernel[grid]``; on a machine that is only assumed, nothing is launched."""
-    return backends.do_nothing if backends.elsewhere() else kernel[grid]
+    """``kernel[grid]``; on a machine that is only assumed, and where kernels are compiled ahead,
+    nothing is launched."""
+    if backends.elsewhere():
+        return backends.do_nothing
+    return functools.partial(kernel.warmup, grid=grid) if _ahead.get() else kernel[grid]
+
+
+def compile_ahead(work: Callable[[], Any]) -> None:
+    """Compiles the kernels that the work would launch, several at a time, and launches none.
+
+    What does not compile raises only where it is launched.
+    """
+    if triton.knobs.runtime.interpret:
+        return
+    pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
+
+    def compile() -> None:
+        _ahead.set(True)
+        with triton.AsyncCompileMode(pool, ignore_errors=True):
+            work()
+
+    try:
+        # In a context of its own: Triton's mode would stay where an interrupt comes as it ends.
+        contextvars.copy_context().run(compile)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def address(t: Tensor) -> int:

@@ -17,6 +17,10 @@ from .selection import CANDIDATES, Layer, forced, keep
 
 KINDS = ("conv_norm_act", "conv_transpose")
 
+# Cycles that the GPU waits before each pass, a tenth of a second or so: the host then launches far
+# ahead, and what is measured is kernels, not how long it takes to launch them.
+HEAD_START = 200_000_000
+
 
 class Stopwatch(TorchDispatchMode):
     """Takes the time of each call of an operator that has a choice."""
@@ -83,11 +87,25 @@ def check_serving(model: nn.Module, example: Tensor) -> None:
         raise RuntimeError(f"tune: the Triton kernels do not serve this model: {why}")
 
 
+def seconds_of_pass(model: nn.Module, example: Tensor, candidate: str) -> dict[Layer, float]:
+    """Of all layers of a class, going one way."""
+    with forced(candidate), Stopwatch(example.device) as stopwatch:
+        if example.is_cuda:
+            torch.cuda._sleep(HEAD_START)
+        if model.training:
+            model(example).float().square().mean().backward()
+        else:
+            with torch.no_grad():
+                model(example)
+    return stopwatch.seconds()
+
+
 def tune(model: nn.Module, example: Tensor, rounds: int = 7) -> dict[str, str]:
     """Measures the model's layers on the example's size and keeps the fastest way of each class.
 
     Runs a copy of the model under the caller's autocast: forward, and backward where the model is
-    in training mode, ``rounds`` times each way in turns, after one round to warm up. The choices
+    in training mode, ``rounds`` times each way in turns, after one round to warm up. What counts is
+    the GPU's own time, as with a busy stream or in a CUDA graph, not that of launching. The choices
     hold for this GPU, these versions and sizes up to the next power of two, in this process and,
     through a file, in later ones.
 
@@ -106,13 +124,9 @@ def tune(model: nn.Module, example: Tensor, rounds: int = 7) -> dict[str, str]:
     taken: dict[Layer, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for turn in range(rounds + 1):
         for candidate in CANDIDATES:
-            with forced(candidate), Stopwatch(example.device) as stopwatch:
-                if model.training:
-                    model(example).float().square().mean().backward()
-                else:
-                    with torch.no_grad():
-                        model(example)
-            for layer, seconds in stopwatch.seconds().items():
+            with torch.cuda.device_of(example):  # whose stream the events are in
+                found = seconds_of_pass(model, example, candidate)
+            for layer, seconds in found.items():
                 if turn:
                     taken[layer][candidate].append(seconds)
     choices = {}

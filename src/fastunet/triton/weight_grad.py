@@ -14,7 +14,7 @@ from torch import Tensor
 from fastunet import backends
 from fastunet.aten_convolution import precision_of
 
-from .convolution import Kernel, Place
+from .convolution import Kernel, Place, most_exact
 from .language import Source, launch, pixel_of, read, tile_of
 
 
@@ -116,6 +116,7 @@ def configuration(
     pixels = 64 if dtype != torch.float32 else 32
     TW = min(pixels, max(16, triton.next_power_of_2(size[1]) // 2))
     most = 64 if dtype == torch.float32 or tapped % 8 or centre % 8 else 128
+    most = min(most, most_exact(dtype))
     block = [min(most, max(16, triton.next_power_of_2(c))) for c in (tapped, centre)]
     if block == [128, 128]:
         block[0] = 64
