@@ -6,6 +6,7 @@ from networks import FORMATS, pair, random
 from torch import nn
 
 import fastunet
+from fastunet import extension
 from fastunet.unet import DoubleConv
 
 OPTIONS = {
@@ -123,6 +124,15 @@ def test_hooks_run_while_recording():
         assert torch.equal(recording(x), model(x))
 
 
+def test_without_kernels(monkeypatch):
+    x = random(1, 3, 32, 32)
+    monkeypatch.setattr(extension, "load", lambda: (None, "they were left out"))
+    model, recording = captured(x)
+    with torch.no_grad():
+        model.outc.conv.weight.mul_(2)
+        assert torch.equal(recording(x), model(x))
+
+
 def test_says_what_it_needs():
     _, model = pair()
     x = random(1, 3, 32, 32)
@@ -135,3 +145,6 @@ def test_says_what_it_needs():
         recording(x[:, :, :16])
     with pytest.raises(ValueError, match="must have the example's dtype"):
         recording(x.double())
+    pairs = nn.Sequential(nn.MaxPool2d(2, return_indices=True)).eval()
+    with pytest.raises(ValueError, match="the model must return a tensor, got tuple"):
+        fastunet.capture(pairs, x)

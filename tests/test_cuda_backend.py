@@ -217,26 +217,31 @@ def test_missing_kernels_are_explained(monkeypatch):
 @pytest.mark.parametrize("architectures", sampled(["8.0;9.0a", "9.0a"], ["9.0a"]))
 def test_compiles_for_gpus(tmp_path, architectures):
     """Links, loads and registers, also with a torch without CUDA; no thread's values spill to
-    memory."""
-    library = cuda_kernels.build(tmp_path, architectures)
+    memory. Sampled without the file that takes nvcc most of the time."""
+    without = "resample_cuda.cu" if architectures == "9.0a" else ""
+    library = cuda_kernels.build(tmp_path, architectures, without)
+    operators = ["normalization", "normalization_bwd"]
+    operators += [] if without else ["resample", "resample_bwd"]
     # Linked, although no symbol of its own is used: it brings its CUDA part.
     assert b"\0libtorch.so\0" in library.read_bytes()
     code = f"""
 import torch
 torch.ops.load_library({str(library)!r})
-for name in ("resample", "resample_bwd", "normalization", "normalization_bwd"):
+for name in {operators}:
     schema = getattr(torch.ops.fastunet_cuda, name).default._schema
     print(torch._C._dispatch_has_kernel_for_dispatch_key(schema.name, "CUDA"))
 """
     environment = {**os.environ, "LD_LIBRARY_PATH": str(cuda_kernels.cuda_home() / "lib64")}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
-    assert run.stdout.split() == [b"True"] * 4, run.stderr
+    assert run.stdout.split() == [b"True"] * len(operators), run.stderr
 
     rows = cuda_kernels.kernels(library)
     names = {row["kernel"] for row in rows}
     # As vectors and one by one: in four modes forward and back, statistics, and the gradient.
-    assert len(names) == 4 * 2 * (4 * 2 + 2) + 2 * 3
-    assert {"resample_bwd<bilinear, bf16, 8>", "tile_moments<f64, 2>", "sum_tiles<f32>"} <= names
+    assert len(names) == (4 * 2 * 2 + 2 * 2 if without else 4 * 2 * (4 * 2 + 2) + 2 * 3)
+    assert "tile_moments<f64, 2>" in names
+    if not without:
+        assert {"resample_bwd<bilinear, bf16, 8>", "sum_tiles<f32>"} <= names
     expected = {f"sm_{name.replace('.', '')}" for name in architectures.split(";")}
     assert {row["arch"] for row in rows} == expected
     assert len(rows) == len(expected) * len(names)
@@ -257,10 +262,20 @@ needs_nvcc = pytest.mark.skipif(cuda_kernels.cuda_home() is None, reason="there 
     ("cuda", "asked", "why"),
     [
         (None, "", r"CUDA: torch \S+ is a build without CUDA"),
-        (None, "0", "CUDA: FASTUNET_CUDA=0 was set when the package was built"),
-        pytest.param("9.2", "", "CUDA: nvcc and torch must agree .*, 9.2", marks=needs_nvcc),
+        pytest.param(
+            None,
+            "0",
+            "CUDA: FASTUNET_CUDA=0 was set when the package was built",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "9.2",
+            "",
+            "CUDA: nvcc and torch must agree .*, 9.2",
+            marks=[needs_nvcc, pytest.mark.slow],
+        ),
         pytest.param("9.2", "1", "the CUDA kernels cannot be built: nvcc and", marks=needs_nvcc),
-        pytest.param(None, "1", "^$", marks=needs_nvcc),
+        pytest.param(None, "1", "^$", marks=[needs_nvcc, pytest.mark.slow]),
     ],
 )
 def test_what_the_build_leaves_out(tmp_path, cuda, asked, why):

@@ -26,5 +26,13 @@ fi
 if [ -r /proc/cpuinfo ] && ! grep -qw avx512f /proc/cpuinfo; then
     export FASTUNET_BUILDS=${FASTUNET_BUILDS:-default avx2}
 fi
-# Without isolation: an isolated build would download a torch of its own.
-FASTUNET_CPU=${FASTUNET_CPU:-1} FASTUNET_HOST_CUDA=${FASTUNET_HOST_CUDA:-1} pip --no-build-isolation -e '.[test,lint]'
+export FASTUNET_CPU=${FASTUNET_CPU:-1} FASTUNET_HOST_CUDA=${FASTUNET_HOST_CUDA:-1}
+
+# The kernels compile while the tools are installed. Without isolation: an isolated build would
+# download a torch of its own.
+FASTUNET_CPU=0 FASTUNET_CUDA=0 FASTUNET_HOST_CUDA=0 pip --no-build-isolation --no-deps -e .
+mkdir -p build
+"$venv/bin/python" setup.py -q build_ext --inplace >build/log.txt 2>&1 &
+trap 'kill $! 2>/dev/null || true' EXIT
+pip 'fastunet[test,lint]'
+wait $! || { cat build/log.txt && exit 1; }

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import backends
+from . import backends, extension
 from .prepared import keeping
 from .program import Layout
 from .recording import Recording, in_layout
@@ -60,9 +60,15 @@ class Captured:
         ):
             yield
 
+    def by_layers(self, x: Tensor) -> Tensor:
+        with self.conditions():
+            return self.model(x)
+
     def program(self) -> Replay:
         with recording_is(False):
-            self.model(self.input)  # prepares what the program is given
+            check_output(self.model(self.input))  # prepares what the program is given
+        if not extension.load()[0]:  # no kernels, nothing to record
+            return self.by_layers, lambda: True
         kept = [value for value in self.kept.values() if isinstance(value, Tensor)]
         recording = Recording(self.model, self.input, kept)
         recording.infer(self.model, recording.given(self.input))
@@ -76,8 +82,7 @@ class Captured:
 
         def replay(x: Tensor) -> Tensor:
             if recording.why_not:  # something else than kernels is called
-                with self.conditions():
-                    return self.model(x)
+                return self.by_layers(x)
             return recording.infer(self.model, recording.given(in_layout(x, layout)))
 
         return replay, lambda: recording.holds(self.input) and versions(weights) == state
@@ -89,9 +94,10 @@ class Captured:
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(WARM_UP):
-                    self.model(self.input)
+                    check_output(self.model(self.input))
             torch.cuda.current_stream().wait_stream(side)
-            with torch.cuda.graph(graph):
+            # Its own default stream is one for the process, of whichever device came first.
+            with torch.cuda.graph(graph, stream=side):
                 output = self.model(self.input)
 
         def replay(x: Tensor) -> Tensor:
@@ -100,7 +106,8 @@ class Captured:
             return output.clone()
 
         def now() -> list[tuple[int, int]]:
-            return versions((*self.model.parameters(), *self.model.buffers()))
+            tensors = (*self.model.parameters(), *self.model.buffers())
+            return versions(t for t in tensors if not t.is_inference())
 
         state = now()
         return replay, lambda: now() == state
@@ -116,6 +123,11 @@ class Captured:
         if not self.holds():
             self.refresh()
         return self.replay(x)
+
+
+def check_output(output: Any) -> None:
+    if not isinstance(output, Tensor):
+        raise ValueError(f"capture: the model must return a tensor, got {type(output).__name__}")
 
 
 def versions(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
@@ -136,7 +148,8 @@ def capture(model: nn.Module, example: Tensor) -> Captured:
         example: [N, C, H, W], on the model's device.
 
     Raises:
-        ValueError: where the model is in training mode, or not all is on one CPU or CUDA device.
+        ValueError: where the model is in training mode, does not return a tensor, or not all is on
+            one CPU or CUDA device.
     """
     if model.training:
         raise ValueError("capture: the model must be in evaluation mode: call model.eval() first")

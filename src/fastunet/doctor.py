@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from . import backends, extension
+from . import __version__, backends, extension
 
 OPERATORS = ("conv_norm_act", "conv_transpose", "resample", "head")
 AROUND = "around PyTorch's convolutions"
@@ -18,7 +18,7 @@ def report() -> dict[str, Any]:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     devices = ["cpu", *(["cuda"] if gpus else [])]
     return {
-        "fastunet": importlib.metadata.version("fastunet"),
+        "fastunet": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torch_cuda": torch.version.cuda,

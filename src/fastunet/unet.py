@@ -92,7 +92,8 @@ class FastUNet(reference.UNet):
     in less memory, with the same parameters, ``state_dict``, outputs and gradients.
     """
 
-    __doc__ += (reference.UNet.__doc__ or "").split("\n", 1)[1]
+    if reference.UNet.__doc__:  # python -OO has none
+        __doc__ += reference.UNet.__doc__.split("\n", 1)[1]
 
     DoubleConv = DoubleConv
     Down = Down

@@ -276,12 +276,33 @@ def test_sizes():
 
 
 def test_limits_of_a_control_group(tmp_path):
-    assert control_group(tmp_path) == []
+    own, outer = tmp_path / "own", tmp_path / "user.slice"
+    job, jobs = outer / "job", tmp_path / "memory" / "jobs"
+    for folder in (job, jobs):
+        folder.mkdir(parents=True)
+
+    def left():
+        return sorted(control_group(tmp_path, own))
+
+    assert left() == []
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text("1000\n")
-    assert control_group(tmp_path) == []
+    assert left() == []
     (tmp_path / "memory.max").write_text("5000\n")
-    assert control_group(tmp_path) == [4000]
+    assert left() == [4000]
+    own.write_text("0::/../outside\n")
+    assert left() == [4000]
+    (tmp_path / "memory.max").write_text("max\n")
+    own.write_text("1:cpu,memory:/jobs\n0::/user.slice/job\n")
+    assert left() == []
+    for folder in (outer, job):
+        (folder / "memory.max").write_text("900\n")
+        (folder / "memory.current").write_text("800\n")
+    (job / "memory.stat").write_text("anon 500\ninactive_file 150\nactive_file 90\n")
+    assert left() == [100, 250]
+    (jobs / "memory.limit_in_bytes").write_text("700\n")
+    (jobs / "memory.usage_in_bytes").write_text("100\n")
+    assert left() == [100, 250, 600]
     with pytest.raises(ValueError, match="cpu or cuda device, got 'meta'"):
         available("meta")
 

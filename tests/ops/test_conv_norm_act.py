@@ -571,6 +571,8 @@ ERRORS = {
     "second dtype": (TypeError, r"dtype torch\.float32, got torch\.float64",
                      lambda: conv_norm_act(Concat(X, Activation.of(X.y.double())), DOUBLE)),
     "device": (TypeError, "device meta, got cpu", lambda: conv_norm_act(X, WEIGHT.to("meta"))),
+    "vector's device": (TypeError, "beta must be on the weight's device cpu, got meta",
+                        lambda: conv_norm_act(X, WEIGHT, norm="batch", beta=random(4).to("meta"))),
     "sizes": (ValueError, r"same samples, height and width, got \[1, 4, 4\] and \[1, 2, 2\]",
               lambda: conv_norm_act(Concat(X, X.pool()), DOUBLE)),
     "samples": (ValueError, r"same samples, height and width, got \[2, 4, 4\] and \[1, 4, 4\]",

@@ -124,6 +124,8 @@ def test_errors(backend):
         conv_transpose(x, random(8, 2, 2, 2, dtype=torch.float64))
     with pytest.raises(TypeError, match="device meta, got cpu"):
         conv_transpose(x, random(8, 2, 2, 2).to("meta"))
+    with pytest.raises(TypeError, match="bias must be on the weight's device cpu, got meta"):
+        conv_transpose(x, random(8, 2, 2, 2), random(2).to("meta"))
 
 
 def test_scratch_of_backward(compiled):

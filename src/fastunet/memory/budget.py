@@ -75,14 +75,39 @@ def available(device: torch.device | str) -> int:
     return max(0, min(left) + kept_map_memory())
 
 
-def control_group(root: Path = Path("/sys/fs/cgroup")) -> list[int]:
-    """Bytes left in the process's control group, of version 2 or 1; nothing without a limit."""
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            return [int((root / limit).read_text()) - int((root / used).read_text())]
-        except (OSError, ValueError):  # not there, or "max"
-            continue
-    return []
+GROUPS = Path("/sys/fs/cgroup")
+# Of version 2 and of version 1: limit, what is used, and in memory.stat what of that is page cache
+# that nobody has used lately, which is given back when memory is short.
+FILES = {
+    "": ("memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+
+
+def control_group(root: Path = GROUPS, own: Path = Path("/proc/self/cgroup")) -> list[int]:
+    """Bytes left in the process's control group and in each around it that has a limit.
+
+    own: names the group, "hierarchy:controllers:path" in each line; in a container the path may be
+    one of outside, and the container's own group is at the root.
+    """
+    left = []
+    lines = own.read_text().splitlines() if own.exists() else []
+    paths = [line.split(":", 2)[1:] for line in lines if line.count(":") >= 2]
+    for controller, names in FILES.items():
+        base = root / controller
+        folders = {base}
+        for controllers, path in paths:
+            if controller in controllers.split(",") and ".." not in path:
+                group = base / path.lstrip("/")
+                folders |= {group, *(p for p in group.parents if base in p.parents)}
+        left += [bytes_left(folder, *names) for folder in folders]
+    return [count for count in left if count is not None]
+
+
+def bytes_left(group: Path, limit: str, used: str, spare: str) -> int | None:
+    try:
+        found = int((group / limit).read_text()) - int((group / used).read_text())
+        stat = (group / "memory.stat").read_text() if (group / "memory.stat").exists() else ""
+        return found + sum(int(n) for n in re.findall(rf"^{spare} (\d+)$", stat, re.MULTILINE))
+    except (OSError, ValueError):  # not there, or "max"
+        return None

@@ -67,12 +67,13 @@ def conv_norm_act(
         ValueError: where shapes, norm or groups do not fit.
     """
     first, second = x if isinstance(x, Concat) else (x, None)
-    dtype = compute_dtype(first.y, weight, "conv_norm_act")
-    if second is not None:
-        compute_dtype(second.y, weight, "conv_norm_act")
-    check_shapes(first, second, weight)
     vectors = {"bias": bias, "gamma": gamma, "beta": beta, "running_mean": running_mean}
-    check_norm(weight.size(0), norm, groups, {**vectors, "running_var": running_var})
+    vectors["running_var"] = running_var
+    dtype = compute_dtype(first.y, weight, "conv_norm_act", vectors)
+    if second is not None:
+        compute_dtype(second.y, weight, "conv_norm_act", {})
+    check_shapes(first, second, weight)
+    check_norm(weight.size(0), norm, groups, vectors)
     first, second = cast(first, dtype), second and cast(second, dtype)
     refuse_transforms(*first[:4], *(second or ())[:4], weight, bias, gamma, beta)
     arguments = (*flatten(first), *flatten(second), first.size, weight, bias, norm, gamma, beta)

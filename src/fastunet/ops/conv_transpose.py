@@ -38,7 +38,7 @@ def conv_transpose(
         TypeError: where dtypes or devices differ outside autocast.
         ValueError: where channels do not fit.
     """
-    x = cast(x, compute_dtype(x.y, weight, "conv_transpose"))
+    x = cast(x, compute_dtype(x.y, weight, "conv_transpose", {"bias": bias}))
     if weight.size(0) != x.y.size(1) or tuple(weight.shape[2:]) != (2, 2):
         raise ValueError(
             f"conv_transpose: weight must be [{x.y.size(1)}, Cout, 2, 2], got {list(weight.shape)}"

@@ -31,7 +31,7 @@ def head(
         TypeError: where dtypes or devices differ outside autocast.
         ValueError: where channels do not fit.
     """
-    x = cast(x, compute_dtype(x.y, weight, "head"))
+    x = cast(x, compute_dtype(x.y, weight, "head", {"bias": bias}))
     if weight.size(1) != x.y.size(1):
         raise ValueError(f"head: weight must be [K, {x.y.size(1)}, 1, 1], got {list(weight.shape)}")
     if x.resampling_pending:

@@ -1,5 +1,7 @@
 """How an Activation crosses an operator's boundary: as flat arguments."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -31,16 +33,21 @@ def cast(source: Activation, dtype: torch.dtype) -> Activation:
     return source if source.y.dtype == dtype else source._replace(y=source.y.to(dtype))
 
 
-def compute_dtype(x: Tensor, weight: Tensor, name: str) -> torch.dtype:
+def compute_dtype(
+    x: Tensor, weight: Tensor, name: str, vectors: Mapping[str, Tensor | None]
+) -> torch.dtype:
     """The dtype in which a layer computes: autocast's where that is on, else the weight's.
 
+    vectors: the layer's others, by name.
+
     Raises:
-        TypeError: where input and weight differ in dtype or device.
+        TypeError: where the input's dtype, or the device of any, is not the weight's.
     """
-    if x.device != weight.device:
-        raise TypeError(
-            f"{name}: the input must be on the weight's device {weight.device}, got {x.device}"
-        )
+    for other, t in (("the input", x), *vectors.items()):
+        if t is not None and t.device != weight.device:
+            raise TypeError(
+                f"{name}: {other} must be on the weight's device {weight.device}, got {t.device}"
+            )
     device = x.device.type
     if torch.is_autocast_enabled(device) and torch.float64 not in (x.dtype, weight.dtype):
         return torch.get_autocast_dtype(device)
