@@ -2,7 +2,7 @@
 
 The interpreter takes milliseconds per tile and step, so these are samples of the operators'
 matrices, and cases for what is the kernels' own: partial tiles, several blocks, merged statistics.
-bfloat16 and TF32 products are a GPU's to show: there, run with -m gpu.
+bfloat16 and TF32 products are a GPU's to show: there, run with -m "gpu and not slow".
 """
 
 import pytest
