@@ -545,7 +545,7 @@ def work(rank, world, path, norm, policy):
     ("norm", "policy", "processes"),
     [
         pytest.param("batch", None, 1, marks=pytest.mark.slow),
-        ("group", "light", 1),
+        pytest.param("group", "light", 1, marks=pytest.mark.slow),
         pytest.param("batch", None, 2, marks=pytest.mark.slow),
         ("batch", "full", 2),
     ],

@@ -171,7 +171,7 @@ def fewer_cases(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", sampled([torch.float32, torch.float16], [torch.float32]), ids=str)
-@pytest.mark.parametrize("operator", self_check.CASES)
+@pytest.mark.parametrize("operator", sampled(self_check.CASES, ["conv_norm_act", "resample"]))
 def test_self_check_passes(fewer_cases, operator, dtype):
     """In whatever mode the caller is."""
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
