@@ -218,8 +218,8 @@ def test_missing_kernels_are_explained(monkeypatch):
 def test_compiles_for_gpus(tmp_path, architectures):
     """Links, loads and registers, also with a torch without CUDA; no thread's values spill to
     memory. Sampled without the file that takes nvcc most of the time."""
-    without = "resample_cuda.cu" if architectures == "9.0a" else ""
-    library = cuda_kernels.build(tmp_path, architectures, without)
+    without = ["resample_cuda.cu"] if architectures == "9.0a" else []
+    library = cuda_kernels.build(tmp_path, architectures, *without)
     operators = ["normalization", "normalization_bwd"]
     operators += [] if without else ["resample", "resample_bwd"]
     # Linked, although no symbol of its own is used: it brings its CUDA part.

@@ -38,8 +38,8 @@ def cuda_home() -> Path | None:
     return next((home for home in found if all((home / n).exists() for n in needed)), None)
 
 
-def build(folder: Path, architectures: str, without: str = "*.so") -> Path:
-    """The library with the CUDA kernels, compiled in a copy of the sources, ``without`` some.
+def build(folder: Path, architectures: str, *without: str) -> Path:
+    """The library with the CUDA kernels, compiled in a copy of the sources, ``without`` those.
 
     Raises:
         RuntimeError: where there is no toolkit, or the kernels do not compile, with the messages.
@@ -52,7 +52,7 @@ def build(folder: Path, architectures: str, without: str = "*.so") -> Path:
         target = copy / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, target, ignore=shutil.ignore_patterns(without))
+            shutil.copytree(ROOT / name, target, ignore=shutil.ignore_patterns("*.so", *without))
         else:
             shutil.copy(ROOT / name, target)
     environment = {**os.environ, "CUDA_HOME": str(home), "TORCH_CUDA_ARCH_LIST": architectures}

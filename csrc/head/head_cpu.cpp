@@ -14,7 +14,6 @@ void dispatch_classes(int64_t classes, F f) {
   require(classes >= 1, "the head must have at least one class, got ", classes);
   if (classes == 1) return f(std::integral_constant<int, 1>{});
   if (classes == 2) return f(std::integral_constant<int, 2>{});
-  if (classes <= 4) return f(std::integral_constant<int, 4>{});
   f(std::integral_constant<int, kClasses>{});
 }
 
@@ -38,7 +37,7 @@ void head(Tensor out, const Tensor y, const MaybeTensor center, const MaybeTenso
     const A* b = rows<const A>(bias, K, "bias");
     const Logits<T> to = logits_view<T>(out, s.y, K);
     if constexpr (std::is_same_v<A, float>)
-      if (K > kFewClasses && s.y.C) return ManyClasses<T>(s, w, K).forward(b, to);
+      if (K > kClasses && s.y.C) return ManyClasses<T>(s, w, K).forward(b, to);
     dispatch_classes(K, [&](auto most) {
       parallel_tasks(s.y.N * s.y.H, [&](int64_t row) {
         head_row<most>(s, w, b, K, to, row / s.y.H, row % s.y.H);
@@ -81,7 +80,7 @@ void head_bwd(MaybeTensor dy, MaybeTensor dscale, MaybeTensor dshift, Tensor dwe
       sum(dbias, K, 1, dbias_out);
     };
     if constexpr (std::is_same_v<A, float>)
-      if (K > kFewClasses && C) {
+      if (K > kClasses && C) {
         const ManyClasses<T> many(s, w, K);
         partials.resize(chunks.count() * many.sums());
         many.backward(from, to, chunks, partials.data());

@@ -1,6 +1,6 @@
 // head: the 1x1 convolution to the classes over one source, read and activated on the fly, and its
-// backward in one pass; kClasses at a time, while the source's pixels stay in L1. More than a few
-// are products (many_classes.h), but in float64.
+// backward in one pass; kClasses at a time, while the source's pixels stay in L1. More of them are
+// products (many_classes.h), but in float64.
 #pragma once
 
 #include <algorithm>
@@ -10,18 +10,8 @@
 
 namespace fastunet {
 
-inline constexpr int kClasses = 8;  // at a time, at most
+inline constexpr int kClasses = 4;  // at a time, at most
 inline constexpr int kPixels = 4;   // at a time, forward
-
-// Logits [N, K, H, W] with any strides.
-template <class T>
-struct Logits {
-  T* data;
-  int64_t sn, sk, sh, sw;
-  T& at(int64_t n, int64_t k, int64_t h, int64_t w) const {
-    return data[n * sn + k * sk + h * sh + w * sw];
-  }
-};
 
 // One value, through the vector conversions, so that rounding is the same everywhere.
 template <class T>
@@ -32,6 +22,23 @@ template <class T>
 FASTUNET_INLINE void store_one(T& to, acc_t<T> value) {
   store(&to, splat(value), 1);
 }
+
+// Logits [N, K, H, W] with any strides.
+template <class T>
+struct Logits {
+  T* data;
+  int64_t sn, sk, sh, sw;
+  T& at(int64_t n, int64_t k, int64_t h, int64_t w) const {
+    return data[n * sn + k * sk + h * sh + w * sw];
+  }
+  // The first `count` of a class, for the pixels from w on.
+  FASTUNET_INLINE void put(int64_t n, int64_t k, int64_t h, int64_t w, vec<acc_t<T>> logits,
+                           int count) const {
+    T* to = &at(n, k, h, w);
+    if (sw == 1) return store(to, logits, count);
+    for (int i = 0; i < count; ++i) store_one(to[i * sw], logits[i]);
+  }
+};
 
 // K: the classes at a time; kernels are compiled for powers of two.
 
@@ -73,14 +80,8 @@ void head_row(const Source<T>& s, const acc_t<T>* weight, const acc_t<T>* bias, 
       A values[K][kLanes] = {};
       for (int p = 0; p < count; p += kPixels)
         head_pixels<K>(s, weight + first * s.y.C, most, n, y, p, count, values);
-      for (int k = 0; k < most; ++k) {
-        T* to = &out.at(n, first + k, h, w);
-        const vec<A> logits = load(values[k]) + splat(bias ? bias[first + k] : A(0));
-        if (out.sw == 1)
-          store(to, logits, count);
-        else
-          for (int i = 0; i < count; ++i) store_one(to[i * out.sw], logits[i]);
-      }
+      for (int k = 0; k < most; ++k)
+        out.put(n, first + k, h, w, load(values[k]) + splat(bias ? bias[first + k] : A(0)), count);
     }
   }
 }

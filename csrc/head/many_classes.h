@@ -9,8 +9,6 @@
 
 namespace fastunet {
 
-inline constexpr int64_t kFewClasses = 4;  // beyond, products are faster
-
 template <class T>
 class ManyClasses {
  public:
@@ -22,10 +20,7 @@ class ManyClasses {
   void forward(const float* bias, const Logits<T>& out) const {
     std::vector<float> biases(kb_ * kBlock);
     if (bias) std::copy_n(bias, K_, biases.data());
-    float* u = shared_workspace().get(kb_ * C_ * kBlock);
-    for (int64_t k = 0; k < kb_ * kBlock; ++k)
-      for (int64_t c = 0; c < C_; ++c)
-        u[(k / kBlock * C_ + c) * kBlock + k % kBlock] = k < K_ ? weight_[k * C_ + c] : 0;
+    const float* u = packed(K_, C_, C_, 1);
     parallel_tasks(s_.y.N * s_.y.H, [&](int64_t row) {
       float* z = thread_workspace().get((cb_ + kBlocks) * kPlane);
       float* m = z + cb_ * kPlane;
@@ -50,10 +45,7 @@ class ManyClasses {
   // Writes dy, where it has data, and adds to partials, [chunks][sums()].
   void backward(const Logits<const T>& dlogits, const Map<T>& dy, const Chunks& chunks,
                 float* partials) const {
-    float* u = shared_workspace().get(cb_ * K_ * kBlock);  // turned around
-    for (int64_t c = 0; c < cb_ * kBlock; ++c)
-      for (int64_t k = 0; k < K_; ++k)
-        u[(c / kBlock * K_ + k) * kBlock + c % kBlock] = c < C_ ? weight_[k * C_ + c] : 0;
+    const float* u = packed(C_, K_, 1, C_);  // turned around
     parallel_tasks(chunks.count(), [&](int64_t chunk) {
       float* z = thread_workspace().get((cb_ + kb_ + kBlocks) * kPlane);
       float* d = z + cb_ * kPlane;
@@ -88,6 +80,16 @@ class ManyClasses {
   template <class F>
   void for_pieces(int64_t n, int64_t h, F f) const {
     for (int64_t w = 0; w < s_.y.W; w += kPixels) f(Piece{n, h, w, std::min(kPixels, s_.y.W - w)});
+  }
+
+  // The weight as a product reads it: [blocks of outputs][inputs][16].
+  const float* packed(int64_t outputs, int64_t inputs, int64_t output, int64_t input) const {
+    float* u = shared_workspace().get(blocks_of(outputs) * inputs * kBlock);
+    for (int64_t o = 0; o < blocks_of(outputs) * kBlock; ++o)
+      for (int64_t i = 0; i < inputs; ++i)
+        u[(o / kBlock * inputs + i) * kBlock + o % kBlock] =
+            o < outputs ? weight_[o * output + i * input] : 0;
+    return u;
   }
 
   // m[n][pixel] = sum over `inputs` k of v[k][pixel] * u[n][k]
@@ -126,11 +128,7 @@ class ManyClasses {
         const int count = lanes_of(at.count - p);
         float logits[kLanes] = {};
         for (int i = 0; i < count; ++i) logits[i] = m[(p + i) * kBlock + k] + bias[k];
-        T* to = &out.at(at.n, first + k, at.h, at.w + p);
-        if (out.sw == 1)
-          store(to, load(logits), count);
-        else
-          for (int i = 0; i < count; ++i) store_one(to[i * out.sw], logits[i]);
+        out.put(at.n, first + k, at.h, at.w + p, load(logits), count);
       }
   }
 

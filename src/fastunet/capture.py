@@ -77,7 +77,7 @@ class Captured:
             recording.prepared.clear()
         layout = Layout.of(self.input)
         read = self.model.parameters() if self.kept else ()
-        weights = [p for p in read if p.dim() == 4 and not p.is_inference()]
+        weights = [p for p in read if p.dim() == 4]
         state = versions(weights)
 
         def replay(x: Tensor) -> Tensor:
@@ -106,8 +106,7 @@ class Captured:
             return output.clone()
 
         def now() -> list[tuple[int, int]]:
-            tensors = (*self.model.parameters(), *self.model.buffers())
-            return versions(t for t in tensors if not t.is_inference())
+            return versions((*self.model.parameters(), *self.model.buffers()))
 
         state = now()
         return replay, lambda: now() == state
@@ -131,7 +130,7 @@ def check_output(output: Any) -> None:
 
 
 def versions(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
-    return [(t.data_ptr(), t._version) for t in tensors]
+    return [(t.data_ptr(), t._version) for t in tensors if not t.is_inference()]
 
 
 def capture(model: nn.Module, example: Tensor) -> Captured:

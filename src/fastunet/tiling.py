@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .reference import UNet
+from .reference.unet import is_per_channel
 from .weights import unwrap
 
 # A logit sees at most 7 * 2**depth - 5 pixels to each side, and an overlap's outermost 7/16 are not
@@ -163,12 +164,7 @@ def window(image: Any, n: int, row: "Part", part: "Part", unet: UNet) -> Tensor:
     """[C, h, w] of the n-th image, reflected to what the model takes at least."""
     found = read(image, n, slice(row.start, row.stop), slice(part.start, part.stop))
     least = 2**unet.depth
-    # A norm over each channel of a sample needs two pixels at the bottom.
-    alone = any(
-        isinstance(m, nn.InstanceNorm2d)
-        or (isinstance(m, nn.GroupNorm) and m.num_groups == m.num_channels)
-        for m in unet.downs[-1].modules()
-    )
+    alone = any(map(is_per_channel, unet.downs[-1].modules()))
     if alone and max(found.shape[1:]) < 2 * least:
         least *= 2
     for dim in (1, 2):

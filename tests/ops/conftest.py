@@ -83,16 +83,22 @@ def implementation(request, monkeypatch):
         yield name
 
 
+@pytest.fixture
+def exact_convolutions():
+    """PyTorch's on GPUs, in fp32 as its budgets are, and not in TF32."""
+    cudnn = torch.backends.cudnn.conv
+    before, cudnn.fp32_precision = cudnn.fp32_precision, "ieee"
+    yield
+    cudnn.fp32_precision = before
+
+
 @pytest.fixture(params=["on load", "materialised"])
-def way(request):
+def way(request, exact_convolutions):
     """How the Triton kernels get at what is pending; never by PyTorch's convolution."""
     from fastunet.triton import selection
 
-    cudnn = torch.backends.cudnn.conv
-    before, cudnn.fp32_precision = cudnn.fp32_precision, "ieee"
     with fastunet.backend("triton"), selection.forced(request.param):
         yield request.param
-    cudnn.fp32_precision = before
 
 
 @pytest.fixture

@@ -37,13 +37,9 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 @pytest.fixture(autouse=True)
-def cuda_backend():
-    """Around exact convolutions, as the budgets of fp32 are."""
-    cudnn = torch.backends.cudnn.conv
-    before, cudnn.fp32_precision = cudnn.fp32_precision, "ieee"
+def cuda_backend(exact_convolutions):
     with fastunet.backend("cuda"):
         yield
-    cudnn.fp32_precision = before
 
 
 class Placed:

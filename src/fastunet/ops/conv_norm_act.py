@@ -67,8 +67,13 @@ def conv_norm_act(
         ValueError: where shapes, norm or groups do not fit.
     """
     first, second = x if isinstance(x, Concat) else (x, None)
-    vectors = {"bias": bias, "gamma": gamma, "beta": beta, "running_mean": running_mean}
-    vectors["running_var"] = running_var
+    vectors = {
+        "bias": bias,
+        "gamma": gamma,
+        "beta": beta,
+        "running_mean": running_mean,
+        "running_var": running_var,
+    }
     dtype = compute_dtype(first.y, weight, "conv_norm_act", vectors)
     if second is not None:
         compute_dtype(second.y, weight, "conv_norm_act", {})

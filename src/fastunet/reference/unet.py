@@ -32,6 +32,13 @@ def make_norm(norm: str, channels: int) -> list[nn.Module]:
     return []
 
 
+def is_per_channel(module: nn.Module) -> bool:
+    """Whether it is a norm over each channel of a sample, which needs more than one pixel."""
+    return isinstance(module, nn.InstanceNorm2d) or (
+        isinstance(module, nn.GroupNorm) and module.num_groups == module.num_channels
+    )
+
+
 def make_activation(activation: str, negative_slope: float) -> list[nn.Module]:
     if activation == "relu":
         return [nn.ReLU(inplace=True)]

@@ -1,14 +1,13 @@
 """What a training run is told: the options of ``fastunet train``, each once."""
 # ruff: noqa: RUF009 (option is dataclasses.field)
 
-import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fastunet import FastUNet
 from fastunet.reference import UNet
-from fastunet.reference.unet import NORMS
+from fastunet.reference.unet import NORMS, is_per_channel, make_norm
 
 MODELS: dict[str, type[UNet]] = {"fast": FastUNet, "reference": UNet}
 
@@ -104,13 +103,9 @@ class Settings:
     def lone_pixel(self) -> bool:
         """Whether a deepest map of one pixel would be normalised by that value alone, to 0."""
         channels = self.base * 2**self.depth // (2 if self.bilinear else 1)
-        groups = math.gcd(32, channels)
-        return {
-            "batch": self.batch_size == 1,
-            "instance": True,
-            "group": groups == channels,
-            "none": False,
-        }[self.norm]
+        if self.norm == "batch":
+            return self.batch_size == 1
+        return any(map(is_per_channel, make_norm(self.norm, channels)))
 
     def values(self) -> list[int] | None:
         """Of the classes in mask files, where they are given."""
