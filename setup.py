@@ -12,7 +12,8 @@ TORCH_CUDA_ARCH_LIST   architectures, by default those of the GPUs that are ther
                   without any "8.0+PTX": compiled for sm_80, and by the driver for later ones; a
                   release has "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 MAX_JOBS=n        compile in n jobs (2 by default)
-FASTUNET_BUILDS=avx2   these of the CPU builds alone: default, avx2, avx512
+FASTUNET_BUILDS=avx2   these of the CPU builds alone: default, avx2, avx512, or native: the one that
+                  this processor gets
 FASTUNET_SANITIZE=1  with AddressSanitizer and UndefinedBehaviorSanitizer, see `make sanitize`
 FASTUNET_HOST_CUDA=1  for tests: also the CUDA kernels compiled for the CPU, all accesses checked
 """
@@ -72,6 +73,8 @@ def cpu_extensions():
         builds["avx512"] = [*builds["avx2"], "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
         # GCC 12 warns of its own headers (bug 105593).
         builds["avx512"] += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+    wanted = os.environ.get("FASTUNET_BUILDS", " ".join(builds)).split()
+    wanted = [native() if name == "native" else name for name in wanted]
     checks = []
     if os.environ.get("FASTUNET_SANITIZE") == "1":
         checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
@@ -79,8 +82,16 @@ def cpu_extensions():
     return [
         extension(f"cpu_{name}", sources(".cpp"), flags + own + checks, extra_link_args=checks)
         for name, own in builds.items()
-        if name in os.environ.get("FASTUNET_BUILDS", name).split()
+        if name in wanted
     ]
+
+
+def native():
+    """The build that this processor gets, as fastunet/extension.py chooses."""
+    import torch
+
+    found = torch.backends.cpu.get_cpu_capability()
+    return {"AVX512": "avx512", "AVX2": "avx2"}.get(found, "default")
 
 
 def host_cuda_extension():

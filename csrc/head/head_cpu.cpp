@@ -8,13 +8,15 @@ namespace fastunet {
 namespace {
 
 // Calls f with the number of classes, rounded up to a power of two and at most kClasses, as a
-// compile-time number.
-template <class F>
+// compile-time number; in float64, for which speed is nothing, one at a time.
+template <class A, class F>
 void dispatch_classes(int64_t classes, F f) {
   require(classes >= 1, "the head must have at least one class, got ", classes);
-  if (classes == 1) return f(std::integral_constant<int, 1>{});
-  if (classes == 2) return f(std::integral_constant<int, 2>{});
-  f(std::integral_constant<int, kClasses>{});
+  if constexpr (std::is_same_v<A, float>) {
+    if (classes > 2) return f(std::integral_constant<int, kClasses>{});
+    if (classes == 2) return f(std::integral_constant<int, 2>{});
+  }
+  f(std::integral_constant<int, 1>{});
 }
 
 template <class T>
@@ -38,7 +40,7 @@ void head(Tensor out, const Tensor y, const MaybeTensor center, const MaybeTenso
     const Logits<T> to = logits_view<T>(out, s.y, K);
     if constexpr (std::is_same_v<A, float>)
       if (K > kClasses && s.y.C) return ManyClasses<T>(s, w, K).forward(b, to);
-    dispatch_classes(K, [&](auto most) {
+    dispatch_classes<A>(K, [&](auto most) {
       parallel_tasks(s.y.N * s.y.H, [&](int64_t row) {
         head_row<most>(s, w, b, K, to, row / s.y.H, row % s.y.H);
       });
@@ -88,7 +90,7 @@ void head_bwd(MaybeTensor dy, MaybeTensor dscale, MaybeTensor dshift, Tensor dwe
       }
     const int64_t dbias_at = (2 + K) * C, stride = dbias_at + K;
     partials.resize(chunks.count() * stride);
-    dispatch_classes(K, [&](auto most) {
+    dispatch_classes<A>(K, [&](auto most) {
       parallel_tasks(chunks.count(), [&](int64_t k) {
         for (int64_t h = chunks.begin(k); h < chunks.end(k); ++h)
           head_bwd_row<most>(s, w, K, from, to, chunks.sample(k), h, partials.data() + k * stride);
