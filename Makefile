@@ -4,6 +4,10 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := $(shell find csrc tests/host_cuda -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+# What is imported is compiled to byte code once, whatever the environment says: tests start many
+# processes. Kept out of the sources.
+unexport PYTHONDONTWRITEBYTECODE
+export PYTHONPYCACHEPREFIX := $(CURDIR)/build/pycache
 # Tests run in two processes of one thread each.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 

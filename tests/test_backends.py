@@ -138,12 +138,39 @@ def test_environment():
     )
 
 
+@pytest.mark.parametrize(
+    ("capability", "there", "chosen"),
+    [
+        ("AVX512", ["avx512", "avx2", "default"], "avx512"),
+        ("AVX512", ["avx2", "default"], "avx2"),
+        ("AVX2", ["avx512", "avx2", "default"], "avx2"),
+        ("AVX2", ["avx512"], None),
+        ("DEFAULT", ["avx512", "avx2", "default"], "default"),
+        ("SVE256", ["default"], "default"),
+    ],
+)
+def test_build_follows_the_instruction_set(monkeypatch, tmp_path, capability, there, chosen):
+    for build in there:
+        (tmp_path / f"_cpu_{build}.abi3.so").touch()
+    loaded = []
+    monkeypatch.setattr(extension, "PACKAGE", tmp_path)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.ops, "load_library", lambda file: loaded.append(file.name))
+    build, why = extension.load.__wrapped__()
+    assert build == chosen
+    assert loaded == ([f"_cpu_{chosen}.abi3.so"] if chosen else [])
+    assert ("no compiled kernels" in why) == (chosen is None)
+
+
 @needs_kernels
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", ["default", "avx2"])
-def test_build_follows_the_instruction_set(capability):
+def test_atens_capability_holds_here_too(capability):
     """ATEN_CPU_CAPABILITY holds PyTorch and these kernels to a baseline alike."""
-    if capability == "avx2" and extension.load()[0] != "avx2":
-        pytest.skip("the AVX2 build is missing, or this processor has no AVX2")
+    if capability == "avx2" and "AVX" not in torch.backends.cpu.get_cpu_capability():
+        pytest.skip("this processor has no AVX2")
+    if not list(extension.PACKAGE.glob(f"_cpu_{capability}.*")):
+        pytest.skip(f"the build {capability} is missing")
     code = (
         "import torch; from fastunet import Activation, extension, ops\n"
         "z = ops.materialize(Activation.of(torch.ones(1, 1, 2, 2)).pool())\n"

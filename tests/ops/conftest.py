@@ -15,25 +15,31 @@ from fastunet import extension
 BUILDS = ("avx512", "avx2", "default")
 
 
-def use_build(build, monkeypatch):
-    """Makes the backend ``cpu`` use one build of the kernels; both can live in one process."""
+def libraries():
+    """The file of each build that is there and that this processor can run."""
     built, why = extension.load()
     if built is None:
         pytest.skip(f"the compiled kernels are missing: {why}")
-    if BUILDS.index(build) < BUILDS.index(built):
-        pytest.skip(f"the build for {build} is missing, or this processor cannot run it")
-    (library,) = extension.PACKAGE.glob(f"_cpu_{build}.*")
-    torch.ops.load_library(library)
+    runnable = BUILDS[BUILDS.index(built) :]
+    return {b: file for b in runnable for file in extension.PACKAGE.glob(f"_cpu_{b}.*")}
+
+
+def use_build(build, monkeypatch):
+    """Makes the backend ``cpu`` use one build of the kernels; all can live in one process."""
+    there = libraries()
+    if build not in there:
+        pytest.skip(f"the build {build} is missing (make test-all has it), or cannot run here")
+    torch.ops.load_library(there[build])
     monkeypatch.setattr(extension, "load", lambda: (build, ""))
 
 
 def all_builds(function, monkeypatch):
-    """The function's result with each build that this processor can run."""
-    built, why = extension.load()
-    if built is None:
-        pytest.skip(f"the compiled kernels are missing: {why}")
+    """The function's result with each of several builds."""
+    there = libraries()
+    if len(there) < 2:
+        pytest.skip(f"make test-all has other builds than {', '.join(there)}")
     results = []
-    for build in BUILDS[BUILDS.index(built) :]:
+    for build in there:
         use_build(build, monkeypatch)
         with fastunet.backend("cpu"):
             results.append(function())
