@@ -207,6 +207,7 @@ def compiled_build():
     class BuildKernels(BuildExtension):
         def build_extension(self, extension):
             # Objects of the builds have the same names: keep them apart.
+            self.begun = True
             shared = self.build_temp
             self.build_temp = os.path.join(shared, extension.name)
             try:
@@ -224,12 +225,12 @@ def compiled_build():
             self.force = True  # setuptools knows no headers; ninja does, and builds what changed
 
         def build_extensions(self):
-            self.failed = []
+            self.failed, self.begun = [], False
             try:
                 super().build_extensions()
             except RuntimeError as error:  # torch refuses the compilers before any is built
                 of_cuda = [e for e in self.extensions if e.name == "fastunet._cuda"]
-                if not of_cuda or asked("CUDA") == "1":
+                if self.begun or not of_cuda or asked("CUDA") == "1":
                     raise
                 leave_out("CUDA", str(error))
                 self.failed = of_cuda

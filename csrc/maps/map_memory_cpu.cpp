@@ -173,9 +173,9 @@ Tensor empty_kept(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides, Sc
                                     torch::stable::Device(torch::headeronly::DeviceType::CPU),
                                     dtype, [](void* at) { MapMemory::instance().give_back(at); });
   AtenTensorHandle made = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), static_cast<int32_t>(dtype),
-      aoti_torch_device_type_cpu(), 0, &made));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                  strides.data(), static_cast<int32_t>(dtype),
+                                                  aoti_torch_device_type_cpu(), 0, &made));
   return Tensor(made);
 }
 

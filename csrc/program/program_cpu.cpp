@@ -37,7 +37,7 @@ struct Shape {
 
 Tensor view(const Tensor& base, const Shape& shape, int64_t offset) {
   AtenTensorHandle made = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch__reinterpret_tensor(base.get(), static_cast<int64_t>(shape.sizes.size()),
                                      shape.sizes.data(), shape.strides.data(), offset, &made));
   return Tensor(made);
