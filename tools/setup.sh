@@ -12,7 +12,6 @@ venv=$2
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check install -q --no-compile "$@"; }
 has_cuda_torch() { "$1" -c 'import sys, torch; sys.exit(torch.version.cuda is None)' 2>/dev/null; }
 
-pip 'setuptools>=77' wheel ninja
 if has_cuda_torch "$venv/bin/python"; then
     : # already seen by an earlier run
 elif has_cuda_torch "$python"; then
@@ -22,6 +21,8 @@ elif has_cuda_torch "$python"; then
 else
     pip -r requirements/cpu.txt
 fi
+# In versions that this torch agrees with, or they would be replaced while the kernels compile.
+pip 'setuptools>=77' wheel ninja torch
 # The kernels for this processor; make test-all compiles the other builds as well.
 export FASTUNET_BUILDS=${FASTUNET_BUILDS:-native}
 export FASTUNET_CPU=${FASTUNET_CPU:-1} FASTUNET_HOST_CUDA=${FASTUNET_HOST_CUDA:-1}
