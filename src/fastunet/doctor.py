@@ -1,7 +1,9 @@
 """What is available on this machine, which backend serves here, and why the others do not."""
 
 import importlib.metadata
+import itertools
 import platform
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -75,7 +77,9 @@ def render(found: dict[str, Any]) -> str:
         f"CUDA kernels: {found['why_no_cuda_kernels'] or 'built'}",
         "operators:",
     ]
-    for row in found["operators"]:
-        lines.append(f"  {row['device']} {row['dtype']} {row['operator']}: {row['backend']}")
-        lines += [f"    not {name}: {why}" for name, why in row["why_not"].items()]
+    alike = itemgetter("device", "dtype", "backend", "why_not")
+    for (device, dtype, backend, why_not), rows in itertools.groupby(found["operators"], alike):
+        served = ", ".join(row["operator"] for row in rows)
+        lines.append(f"  {device} {dtype} {served}: {backend}")
+        lines += [f"    not {name}: {why}" for name, why in why_not.items()]
     return "\n".join(lines)
