@@ -1,12 +1,14 @@
 """One way to register an operator: schema, implementation, fake, and autograd, side by side."""
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 library = torch.library.Library("fastunet", "DEF")
 implementations: dict[str, Callable] = {}  # by the operator's name
 
@@ -16,7 +18,23 @@ def define(name: str, schema: str, implementation: Callable, fake: Callable) -> 
     implementations[name] = implementation
     library.define(name + schema, tags=[torch.Tag.pt2_compliant_tag])
     library.impl(name, without_autocast(implementation), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastunet::{name}", fake, lib=library)
+
+    def fake_for_compiler(*args: Any) -> Any:
+        call_from_inductor(getattr(torch.ops.fastunet, name).default)
+        return fake(*args)
+
+    torch.library.register_fake(f"fastunet::{name}", fake_for_compiler, lib=library)
+
+
+def call_from_inductor(op: Any) -> None:
+    """Tells torch.compile's inductor to call the operator as it is, which it would find out itself.
+    But up to torch 2.12 it composes a message for its log then, with all that the arguments were
+    computed from: in a U-Net, of a size that is exponential in the number of layers."""
+    lowering = sys.modules.get("torch._inductor.lowering")
+    if lowering is None or TORCH >= (2, 13) or op in lowering.lowerings:
+        return
+    tag = torch._library.utils.get_layout_constraint_tag(op, with_default=True)
+    lowering.make_fallback(op, lowering.tag_to_layout_constraint(tag), warn=False)
 
 
 def implementations_by_operator() -> dict[Any, Callable]:
