@@ -18,9 +18,11 @@ from networks import (
 from sampling import sampled
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor import lowering
 
 from fastunet import FastUNet
 from fastunet.memory import saved_for_backward
+from fastunet.ops import _register
 from fastunet.reference.unet import NORMS
 
 VARIANTS = [
@@ -88,6 +90,16 @@ def test_inductor(layout):
     compiled = Compiled(copy.deepcopy(fast), "inductor")
     x = random(2, 3, 12, 17, dtype=torch.float64).to(memory_format=layout)
     assert_same_step(step(compiled, x), step(fast, x))
+
+
+@pytest.mark.parametrize(("version", "told"), [((2, 11), True), ((2, 13), False)])
+def test_old_inductors_are_told(monkeypatch, version, told):
+    """What to call, before they compose a message that takes for ever."""
+    op = torch.ops.fastunet.head.default
+    monkeypatch.setattr(_register, "TORCH", version)
+    monkeypatch.delitem(lowering.lowerings, op, raising=False)
+    _register.call_from_inductor(op)
+    assert (op in lowering.lowerings) == told
 
 
 def test_autocast():
