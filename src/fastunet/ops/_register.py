@@ -28,8 +28,8 @@ def define(name: str, schema: str, implementation: Callable, fake: Callable) -> 
 
 def call_from_inductor(op: Any) -> None:
     """Tells torch.compile's inductor to call the operator as it is, which it would find out itself.
-    But up to torch 2.12 it composes a message for its log then, with all that the arguments were
-    computed from: in a U-Net, of a size that is exponential in the number of layers."""
+    But before torch 2.13 (seen in 2.11) it composes a message for its log then, with all that the
+    arguments were computed from: in a U-Net, exponentially long in the number of layers."""
     lowering = sys.modules.get("torch._inductor.lowering")
     if lowering is None or TORCH >= (2, 13) or op in lowering.lowerings:
         return
