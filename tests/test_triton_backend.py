@@ -97,7 +97,7 @@ def source(channels, mode=0, affine=True, dtype=torch.float16):
     [
         ([source(3, affine=False)], 64, ON_LOAD),
         ([source(64)], 64, ON_LOAD),
-        ([source(64, dtype=torch.float32)], 64, MATERIALISED),
+        ([source(64, dtype=torch.float32)], 64, ON_LOAD),
         ([source(128)], 128, MATERIALISED),
         ([source(64), source(128)], 64, MATERIALISED),
         ([source(64)], 512, CUDNN),

@@ -194,9 +194,10 @@ def unique(found: list[Launch], capability: int) -> list[Launch]:
 def faults(row: dict[str, Any]) -> list[str]:
     """What a shipped kernel may not have."""
     found = []
-    # Exact products, of fp32 without tensor cores, serve tests: a few bytes cost them nothing.
+    # Exact products, of fp32 without tensor cores, serve tests: a few bytes cost them nothing. Two
+    # registers are what some ptxas give for one block more on a multiprocessor.
     exact = row["configuration"].get("PRECISION") == "ieee"
-    if row["spills"] > (64 if exact else 0):
+    if row["spills"] > (64 if exact else 8):
         found.append(f"{row['spills']} bytes of spills")
     if row["shared"] > SHARED[row["sm"]]:
         found.append(f"{row['shared']} bytes of shared memory, at most {SHARED[row['sm']]}")

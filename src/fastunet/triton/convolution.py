@@ -129,8 +129,9 @@ def accumulate(
     offset = dh * width + dw
     k = tl.arange(0, BK)
     TAPS: tl.constexpr = SIZE * SIZE
-    # One loop, so that loads run ahead through all of it.
-    for step in range(TAPS * tl.cdiv(source.channels, BK)):
+    # One loop, so that loads run ahead through all of it. Once at least: a way around it would set
+    # the sums aside of the products, and ptxas lets those wait for each other then (C7515).
+    for step in range(tl.maximum(TAPS * tl.cdiv(source.channels, BK), 1)):
         tap = step % TAPS
         c = step // TAPS * BK + k
         hs, ws = h + tap // SIZE, w + tap % SIZE

@@ -13,7 +13,7 @@ from .selection import MOST_ON_LOAD
 
 
 def on_load(source: Activation) -> bool:
-    return source.y.size(1) <= MOST_ON_LOAD[source.y.dtype]
+    return source.y.size(1) <= MOST_ON_LOAD
 
 
 def head(source: Activation, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:

@@ -22,9 +22,9 @@ from fastunet.aten_convolution import precision_of
 
 ON_LOAD, MATERIALISED, CUDNN = CANDIDATES = ("on load", "materialised", "cudnn")
 
-# A prologue costs instructions at each of nine taps, a pass of its own bytes: in 16 bit the first
-# wins where a pixel has few channels; in fp32 products would wait for it (ptxas C7515).
-MOST_ON_LOAD = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 0}
+# A prologue costs instructions at each of nine taps, a pass of its own bytes: the first wins where
+# a pixel has few channels.
+MOST_ON_LOAD = 64
 # From here on fusing saves less than the 8 % by which a library's convolution may be faster.
 LEAST_CUDNN = 512
 # Narrower sources, such as images, need no 16-byte loads.
@@ -114,7 +114,7 @@ def sensible(layer: Layer) -> str:
     unaligned = any(c % 8 and c > MOST_UNALIGNED for c in (*layer.channels, layer.outputs))
     if unaligned or max(*layer.channels, layer.outputs) >= LEAST_CUDNN:
         return CUDNN
-    return ON_LOAD if max(layer.channels) <= MOST_ON_LOAD[layer.dtype] else MATERIALISED
+    return ON_LOAD if max(layer.channels) <= MOST_ON_LOAD else MATERIALISED
 
 
 @functools.cache
