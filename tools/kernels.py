@@ -46,6 +46,7 @@ SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 
 # What to count, in PTX.
 INSTRUCTIONS = {
     "wgmma": r"\bwgmma\.mma_async",
+    "tcgen05": r"\btcgen05\.mma",
     "mma": r"\bmma\.sync",
     "tma": r"\bcp\.async\.bulk\.tensor",
     "cp.async": r"\bcp\.async\.c[ag]",
@@ -183,7 +184,9 @@ def notices(ptx: str, capability: int) -> list[str]:
 def pipelined(ttgir: str) -> bool:
     """Whether products are left in flight, or loads run ahead, through a loop."""
     waits = re.findall(r"(?:warp_group_dot_wait|async_wait)[^\n]*\{(?:pendings|num) = (\d+)", ttgir)
-    return any(int(n) > 0 for n in waits)
+    # The TMA unit's loads for tcgen05 are waited for by barriers: several tiles tell of them.
+    stages = re.findall(r"local_alloc : \(\) -> !ttg\.memdesc<\d+x\d+x\d+x", ttgir)
+    return any(int(n) > 0 for n in waits) or ("tc_gen5_mma" in ttgir and bool(stages))
 
 
 def unique(found: list[Launch], capability: int) -> list[Launch]:
@@ -205,7 +208,7 @@ def faults(row: dict[str, Any]) -> list[str]:
     if row["notices"] and min(row["configuration"].get(n, 64) for n in ("BN", "BT", "BC")) > 32:
         found.append("; ".join(row["notices"]))
     if row["kernel"] in ("convolution", "weight_grad") and not exact:
-        if not row["wgmma"] and not row["mma"]:
+        if not any(row[products] for products in ("wgmma", "tcgen05", "mma")):
             found.append("no tensor-core products")
         if not row["pipelined"]:
             found.append("loads do not run ahead")

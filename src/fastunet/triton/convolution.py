@@ -286,8 +286,8 @@ def configuration(
     y, width = sources[0][0].y, size[1]
     assert y is not None
     # Later GPUs for desktops, 12.x, have a TMA unit too, but products and shared memory as 8.x.
-    dtype, hopper = y.dtype, capability(y.device)[0] in (9, 10)
-    described = hopper and kernel.stride == 1 and width >= 48 and outputs > 32
+    dtype, major = y.dtype, capability(y.device)[0]
+    described = major in (9, 10) and kernel.stride == 1 and width >= 48 and outputs > 32
     described = described and all(can_be_described(*s, size) for s in sources)
     BK = 64 if dtype != torch.float32 else 32
     # More outputs, or fewer warps, and the sums would not fit the registers.
@@ -296,9 +296,10 @@ def configuration(
     BN = min(most, max(16, triton.next_power_of_2(outputs)))
     if described:
         TW = 128 if width > 64 else 64
-        num_warps = 8 if BN == 32 or (grad and BN == 128) else 4  # 32: exact products
+        # 32: exact products. On 10.x sums are in tensor memory, and come to registers all at once.
+        num_warps = 8 if major == 10 or BN == 32 or (grad and BN == 128) else 4
         return Config(1, TW, BN, BK, num_warps, 4, True)
-    num_warps = 4 if BN == 64 or (hopper and BN == 128) else 8
+    num_warps = 4 if major != 10 and (BN == 64 or (major == 9 and BN == 128)) else 8
     TW = 32 if width > 16 else 16
     return Config(128 // TW, TW, BN, BK, num_warps)
 
