@@ -27,7 +27,7 @@ STAGE ?= all
 help:
 	@echo "make demo      train the plain U-Net and FastUNet side by side on real MR images"
 	@echo "make test      the test suite"
-	@echo "make test-all  the same with every combination, for an hour or so"
+	@echo "make test-all  the same with every combination, for some hours"
 	@echo "make sanitize  the operators' tests with AddressSanitizer and UBSan in the kernels"
 	@echo "make kernels   what each GPU kernel compiles to: registers, spills, shared memory"
 	@echo "make bench     measure against PyTorch and other engines; write benchmarks/results"
