@@ -49,8 +49,8 @@ def kernels(tmp_path, *options):
     ids=lambda options: " ".join(options) or "defaults",
 )
 def test_compile(tmp_path, options):
-    """Next to no spills, shared memory within limits, products on tensor cores unless they are
-    exact, loads that run ahead."""
+    """No spills, shared memory within limits, products on tensor cores unless they are exact, loads
+    that run ahead."""
     rows = kernels(tmp_path, *options)
     names = {row["kernel"] for row in rows}
     assert {"convolution", "weight_grad", "resample", "resample_bwd", "apply", "finish"} <= names

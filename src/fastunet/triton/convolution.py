@@ -129,8 +129,9 @@ def accumulate(
     offset = dh * width + dw
     k = tl.arange(0, BK)
     TAPS: tl.constexpr = SIZE * SIZE
-    # One loop, so that loads run ahead through all of it. Once at least: a way around it would set
-    # the sums aside of the products, and ptxas lets those wait for each other then (C7515).
+    # One loop, so that loads run ahead through all of it. It runs once at least: else sums would be
+    # set to zero between it and the last wait, and ptxas serialises such products (C7515). Those
+    # with descriptors below it does not.
     for step in range(tl.maximum(TAPS * tl.cdiv(source.channels, BK), 1)):
         tap = step % TAPS
         c = step // TAPS * BK + k
@@ -299,7 +300,7 @@ def configuration(
         # 32: exact products. On 10.x sums are in tensor memory, and come to registers all at once.
         num_warps = 8 if major == 10 or BN == 32 or (grad and BN == 128) else 4
         return Config(1, TW, BN, BK, num_warps, 4, True)
-    num_warps = 4 if major != 10 and (BN == 64 or (major == 9 and BN == 128)) else 8
+    num_warps = 4 if (BN == 64 and major != 10) or (BN == 128 and major == 9) else 8
     TW = 32 if width > 16 else 16
     return Config(128 // TW, TW, BN, BK, num_warps)
 
